@@ -13,13 +13,13 @@ from studio.commands.terminal import DONE, duration, is_rich, number, say, size,
 from studio.core.errors import BadInput
 from studio.core.left_out import left_out_in_words
 from studio.core.preferences import preferred_in_words
-from studio.core.recipe import FIELDS, Recipe, differing_fields, field_text
+from studio.core.recipe import FIELDS, Recipe, field_text
 from studio.core.text import plain
 from studio.runs.job import job_table, read_job
 from studio.runs.layout import RunPaths
 from studio.runs.status import run_status
 from studio.runs.store import find_run
-from studio.runs.summary import figures_of, folder_bytes, summary_of
+from studio.runs.summary import differing_fields, figures_of, folder_bytes, summary_of
 from studio.runs.watch import read_history
 
 

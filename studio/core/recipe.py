@@ -4,7 +4,7 @@ Here each field is declared, once: its type and default, which values it may hav
 A recipe says what is wanted. It does not know the machine, the model's shape or the length of the data.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -697,20 +697,6 @@ def number_of(path: str) -> Number:
     if not isinstance(kind, Number):
         raise KeyError(path)
     return kind
-
-
-def differing_fields(recipes: "Sequence[Recipe | None]") -> dict[str, list[Any]]:
-    """Return the fields in which recipes differ, each with its values in order; the name is no difference.
-
-    Where a recipe is missing (another kind of job, or an unreadable file) its values are None and make no difference.
-    """
-    values = {path: [None if recipe is None else recipe.get(path) for recipe in recipes] for path in FIELDS}
-    known = [place for place, recipe in enumerate(recipes) if recipe is not None]
-    return {
-        path: found
-        for path, found in values.items()
-        if path != "name" and any(found[place] != found[known[0]] for place in known)
-    }
 
 
 def field_text(path: str, value: Any) -> str:

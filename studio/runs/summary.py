@@ -1,12 +1,14 @@
 """A run in a few plain values: the same for `--json`, for comparisons and for what is said at its end."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from studio.core.events import PAIR_FIGURES, Evaluated, StepDone
 from studio.core.evidence import LEAST_TOKENS, gain_in_words
 from studio.core.intervals import Interval
+from studio.core.recipe import FIELDS, Recipe
 from studio.runs.history import History
 from studio.runs.last_words import CRASHED, crash_of, printed_since_launch
 from studio.runs.layout import RunPaths
@@ -54,6 +56,20 @@ def summary_of(paths: RunPaths, history: History, status: Status) -> dict[str, A
 def _merged(history: History) -> str | None:
     """Return where a merge or an export put its model; None for other jobs, and before it is there."""
     return next((event.path for event in history.saved if event.what in ("merged", "exported")), None)
+
+
+def differing_fields(recipes: Sequence[Recipe | None]) -> dict[str, list[Any]]:
+    """Return the fields in which recipes differ, each with its values in order; the name is no difference.
+
+    Where a recipe is missing (another kind of job, or an unreadable file) its values are None and make no difference.
+    """
+    values = {path: [None if recipe is None else recipe.get(path) for recipe in recipes] for path in FIELDS}
+    known = [place for place, recipe in enumerate(recipes) if recipe is not None]
+    return {
+        path: found
+        for path, found in values.items()
+        if path != "name" and any(found[place] != found[known[0]] for place in known)
+    }
 
 
 def peak_bytes(history: History) -> int | None:

@@ -13,12 +13,12 @@ from textual.screen import Screen
 from textual.widgets import DataTable, Static
 
 from studio.core.errors import BadInput
-from studio.core.recipe import Recipe, differing_fields, field_text
+from studio.core.recipe import Recipe, field_text
 from studio.core.text import plain
 from studio.runs.history import History
 from studio.runs.job import read_job
 from studio.runs.layout import RunPaths
-from studio.runs.summary import peak_bytes
+from studio.runs.summary import differing_fields, peak_bytes
 from studio.runs.watch import read_history
 from studio.tui.readable import UNKNOWN, duration, gib, number
 from widgets.key_footer import KeyFooter
