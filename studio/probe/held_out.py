@@ -46,12 +46,14 @@ class HeldOut:
         held_out: The rows to measure on; none of them is trained on.
         notes: What the user should know of the rows, such as that fewer were held out than asked for.
         record: The record that the run keeps of both.
+        places: Of the held-out rows among all; empty where they are of a file of their own, or parts of a row.
     """
 
     train: Sequence[Row]
     held_out: Sequence[Row]
     notes: tuple[str, ...]
     record: HeldOutRecord
+    places: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +139,7 @@ def hold_out(
         last_part=last,
         reading=Reading.of(recipe).table(),
     )
-    return HeldOut(train, held, notes, record)
+    return HeldOut(train, held, notes, record, () if last else places)
 
 
 def _drawn_from(recipe: Recipe, data: DataSet, held_out: Sequence[int]) -> tuple[DrawnFrom, ...]:

@@ -166,7 +166,8 @@ def goal_for(goal: Goal, facts: DataFacts) -> Goal:
 
 def recipe_to_show(answers: Answers) -> Recipe:
     """Return a recipe of the model and the data of some answers, with defaults besides, to look at the rows."""
-    return Recipe().with_("model.base", answers.base).with_("data.path", absolute_word(answers.data))
+    recipe = Recipe().with_("model.base", answers.base).with_("data.path", absolute_word(answers.data))
+    return recipe.with_("data.columns", answers.columns)
 
 
 def shape_for(base: str, card: str) -> ModelShape:

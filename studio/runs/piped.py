@@ -65,6 +65,7 @@ class PipedProcess(Generic[Event]):
         kinds: Mapping[str, type[Event]],
         failed: Callable[[str, str], Event],
         environment: Mapping[str, str] | None = None,
+        here: bool = False,
     ) -> None:
         """Start the process.
 
@@ -75,6 +76,7 @@ class PipedProcess(Generic[Event]):
             kinds: The events that it may write, by the names of their classes.
             failed: Makes the event of its end, of a message and advice.
             environment: What is added to its environment.
+            here: Whether it works in the current folder, so that relative paths mean the same to it.
 
         Raises:
             StudioError: It cannot be started.
@@ -84,14 +86,14 @@ class PipedProcess(Generic[Event]):
         self._events: queue.Queue[Event | None] = queue.Queue()
         try:
             self._process: Any = subprocess.Popen(
-                [sys.executable, "-m", module],
+                [sys.executable, *(("-P",) if here else ()), "-m", module],  # -P: no module is taken from that folder
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
                 text=True,
                 encoding="utf-8",
                 env=child_environment(dict(environment or {})),
-                cwd=Path.home(),
+                cwd=None if here else Path.home(),
                 # Ctrl-C is for the parent alone: it stops an answer, not the process that gives it.
                 start_new_session=sys.platform != "win32",
             )

@@ -246,7 +246,7 @@ class ShowProcess(PipedProcess[ShowEvent]):
         Raises:
             StudioError: It cannot be started.
         """
-        super().__init__(module, request.table(), name="look at the data", kinds=EVENTS, failed=ShowFailed)
+        super().__init__(module, request.table(), name="look at the data", kinds=EVENTS, failed=ShowFailed, here=True)
 
     def ask_place(self, place: int) -> None:
         """Ask for the row at a place among the usable ones, from 0."""

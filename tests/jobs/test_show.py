@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.rows import Encoder, Encoding
 from studio.jobs.show.near import ALIKE, NearRows, alike, runs_of
 from studio.jobs.show.pieces import shown_example, token_texts
+from studio.jobs.show.session import Session
 from studio.jobs.show.tally import Tally
-from studio.probe.data import Row
+from studio.jobs.train.objectives.pairs import encode_pairs
+from studio.probe.data import Reading, Row, read_data
 from studio.runs.piped import event_in, event_line
 from studio.runs.show import (
     EVENTS,
@@ -305,3 +308,57 @@ def test_near_duplicates_are_those_of_brute_force() -> None:
 def test_a_row_without_words_is_near_to_none() -> None:
     rows = NearRows(["", "  ", "one two three four", "one two three four!"].__getitem__)
     assert [rows.add(place) for place in range(3)] == [None] * 3
+
+
+def session_of(model: Path, file: Path, rows: list[dict[str, Any]], **settings: Any) -> tuple[Session, Recipe]:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = Recipe().with_("data.path", str(file)).with_("model.base", str(model))
+    for path, value in {"eval__rows": 0, "eval__samples": 0, **settings}.items():
+        recipe = recipe.with_(path.replace("__", "."), value)
+    return Session(ShowRequest(recipe), lambda detail, fraction: None), recipe
+
+
+def pair(asked: str, chosen: str, rejected: str) -> dict[str, str]:
+    return {"prompt": asked, "chosen": chosen, "rejected": rejected}
+
+
+@pytest.mark.parametrize("seq_len", [50, 4096])
+def test_pairs_show_both_sides_and_add_up_as_their_training_does(model: Path, tmp_path: Path, seq_len: int) -> None:
+    rows = [pair(f"what is {place}", f"it is {place}", "x" * place * 4) for place in range(1, 9)]
+    session, recipe = session_of(
+        model, tmp_path / "pairs.jsonl", rows, train__objective="dpo", train__seq_len=seq_len, data__format="auto"
+    )
+    session.add_up()
+    summary = session.tally.summary(seq_len, "")
+    left: Counter[str] = Counter()
+    rows_read = read_data(Path(recipe.data.path), Reading.of(recipe)).rows
+    made = encode_pairs(rows_read, session.tokenizer, Encoding.of(recipe), warn=lambda text: None, left_out=left)
+    assert summary.left_out == +left
+    assert summary.examples == 2 * len(made)
+    assert summary.train_tokens == sum(len(side.input_ids) for one in made for side in one.sides)
+    assert summary.steps == -(-len(made) // min(len(made), recipe.rows_per_step))
+    row = session.row(0)
+    assert isinstance(row, RowShown)
+    assert [one.part for one in row.examples] == ["chosen", "rejected"]
+    texts = [[one.text[begin:end] for begin, end in one.trained_text] for one in row.examples]
+    assert texts == [["it is 1<|im_end|>"], ["xxxx<|im_end|>"]]
+
+
+def test_texts_in_blocks_are_shown_as_blocks_of_the_row_length(model: Path, tmp_path: Path) -> None:
+    session, recipe = session_of(model, tmp_path / "t.jsonl", [{"text": "abcdefgh" * 20}] * 2, train__seq_len=64)
+    session.add_up()
+    summary = session.tally.summary(64, "")
+    rows = read_data(Path(recipe.data.path), Reading.of(recipe)).rows
+    _, wanted = Encoder(session.tokenizer, Encoding.of(recipe)).encode(rows)
+    assert (summary.examples, summary.tokens, summary.loss_tokens) == (
+        wanted.examples,
+        wanted.tokens,
+        wanted.loss_tokens,
+    )
+    assert summary.cut == 0
+    row = session.row(0)
+    assert isinstance(row, RowShown)
+    assert [one.part for one in row.examples] == ["1 of 3", "2 of 3", "3 of 3"]
+    session.cut_at(1024)
+    session.add_up()
+    assert session.tally.summary(1024, "").examples == 2

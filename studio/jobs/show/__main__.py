@@ -60,16 +60,15 @@ def _without_torch() -> None:
 def _serve(line: Line, session: Any) -> None:
     """Add up chunk after chunk; what is asked comes first."""
     told, stopped = time.monotonic(), False
-    tally = session.tally
-    line.tell(tally.summary(session.seq_len, session.end_token))
+    line.tell(session.tally.summary(session.seq_len, session.end_token))
     while True:
-        adding = not stopped and tally.done < session.opened.rows
+        adding = not stopped and session.tally.done < session.opened.rows
         try:
             asked = line.asked.get(block=not adding)
         except queue.Empty:
             session.add_up()
-            if time.monotonic() - told > _TELL_SECONDS or tally.done >= session.opened.rows:
-                line.tell(tally.summary(session.seq_len, session.end_token))
+            if time.monotonic() - told > _TELL_SECONDS or session.tally.done >= session.opened.rows:
+                line.tell(session.tally.summary(session.seq_len, session.end_token))
                 told = time.monotonic()
             continue
         if asked.get("stop"):
@@ -84,7 +83,7 @@ def _serve(line: Line, session: Any) -> None:
 
 def _answer(asked: dict[str, Any], session: Any, line: Line) -> Any:
     if "seq_len" in asked:
-        session.seq_len = int(asked["seq_len"])
+        session.cut_at(int(asked["seq_len"]))
         return session.tally.summary(session.seq_len, session.end_token)
     if "number" in asked:
         return session.numbered(int(asked["number"]))

@@ -1,29 +1,36 @@
 """A data file with a tokenizer, opened: answers which row is where and what a training makes of it."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from studio.core.errors import BadInput
-from studio.core.left_out import LEFT_OUT
+from studio.core.left_out import reason
+from studio.core.named_templates import NAMED, NamedTemplate
+from studio.core.preferences import takes_pairs
 from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.jobs.base.data.bounded import freeze_date, set_variables
+from studio.jobs.base.data.chosen_template import use_template
 from studio.jobs.base.data.encode_pool import CHUNK_ROWS
 from studio.jobs.base.data.row_report import RowReport
 from studio.jobs.base.data.rows import Encoder, Encoding, Example
 from studio.jobs.base.data.template import ensure_template
 from studio.jobs.base.tokenizer import load_tokenizer
 from studio.jobs.show.pieces import shown_example
-from studio.jobs.show.tally import Tally
-from studio.probe.data import DataSet, Preference, Row, inspect_data
-from studio.probe.data.mixture import data_of, eval_data_of
+from studio.jobs.show.tally import Tally, why_no_pair
+from studio.probe.data import DataSet, PlainText, Preference, Row, inspect_data
+from studio.probe.data.mixture import data_of, eval_data_of, fetch_data
 from studio.probe.embedded_model import unpack_embedded
 from studio.probe.held_out import hold_out
 from studio.probe.hub import download_tokenizer
 from studio.probe.models import find_base
+from studio.probe.named_template import template_of
 from studio.runs.held_out import HeldOutRecord, read_record
 from studio.runs.identity import first_date
 from studio.runs.layout import RunPaths
@@ -33,6 +40,9 @@ Tell = Callable[[str, float | None], None]
 _WHOLE = 2**31 - 1
 """A row length at which nothing is cut: cutting is left to who shows or adds up."""
 _LISTED = 300
+_TELL_SECONDS = 0.2
+_NO_EXAMPLE = Example(np.zeros(0, np.int32), np.zeros(0, np.int32))
+_LACKING = (_NO_EXAMPLE,)
 _SEARCHED_AT_ONCE = 500
 
 
@@ -80,25 +90,28 @@ class Session:
             freeze_date(self.tokenizer, first_date(self._run))
         set_variables(self.tokenizer, dict(recipe.data.template_kwargs))
         tell("reading the data", None)
-        data = data_of(
-            recipe, read=inspect_data, progress=lambda done, total: tell("reading the data", done / max(1, total))
-        )
+        fetch_data(recipe, progress=lambda done, total: tell("downloading the data", done / max(1, total)))
+
+        def read(done: int, total: int) -> None:
+            if time.monotonic() - told[0] > _TELL_SECONDS:
+                told[0] = time.monotonic()
+                tell("reading the data", done / max(1, total))
+
+        told = [0.0]
+        data = data_of(recipe, read=inspect_data, progress=read)
         notes = list(data.notes())
         self._rows, self._held, more = _held_out(recipe, data, self._run)
-        notes += more
         said = list[str]()
-        ensure_template(self.tokenizer, data.format, said.append)
-        self._encoder = Encoder(self.tokenizer, replace(Encoding.of(recipe), seq_len=_WHOLE))
-        template = "plain" if said else "own" if self.tokenizer.chat_template and data.format != "text" else "none"
-        self._both_sides = False
-        self.tally = Tally(
-            self._rows.__getitem__,
-            self._held.__contains__,
-            data.left_out,
-            rows=len(self._rows),
-            rows_per_step=recipe.rows_per_step,
-            both_sides=self._both_sides,
-        )
+        if data.format != "text":
+            use_template(self.tokenizer, _chosen_template(recipe, self._run), said.append)
+            had_template = bool(self.tokenizer.chat_template)
+            ensure_template(self.tokenizer, data.format, said.append)
+        self._both_sides = takes_pairs(recipe.train.objective)
+        self._how = replace(Encoding.of(recipe), answers_only=recipe.data.answers_only or self._both_sides)
+        self._whole = Encoder(self.tokenizer, replace(self._how, seq_len=_WHOLE))
+        self._in_blocks = False
+        self._left_out, self._rows_per_step = data.left_out, recipe.rows_per_step
+        self.tally = self._new_tally()
         self._findings = data.findings
         self.opened = Opened(
             path=str(data.path),
@@ -118,9 +131,26 @@ class Session:
                 for one in data.findings[:_LISTED]
             ),
             finding_counts=dict(data.finding_counts),
-            notes=(*notes, *said),
-            template=template,
+            notes=(*notes, *more, *said),
+            template="none" if data.format == "text" else "own" if had_template else "plain",
         )
+
+    def _new_tally(self) -> Tally:
+        return Tally(
+            self._rows.__getitem__,
+            self._held.__contains__,
+            self._left_out,
+            rows=len(self._rows),
+            rows_per_step=self._rows_per_step,
+            both_sides=self._both_sides,
+        )
+
+    def cut_at(self, seq_len: int) -> None:
+        """Cut at another row length. Texts in blocks become other blocks, so that all is added up anew."""
+        self.seq_len = seq_len
+        self._how = replace(self._how, seq_len=seq_len)
+        if self._in_blocks:
+            self.tally = self._new_tally()
 
     @property
     def end_token(self) -> str:
@@ -134,7 +164,20 @@ class Session:
         self.tally.add(rows, made, report)
 
     def _encoded(self, rows: Sequence[Row]) -> tuple[list[tuple[Example, ...]], RowReport]:
-        return self._encoder.encode(rows)
+        """Return the examples of each row, not cut; of pairs those of both sides, an empty one where a side lacks."""
+        if self._both_sides:
+            sides, report = self._whole.sides([row for row in rows if isinstance(row, Preference)])
+            return [(*(chosen or _LACKING), *(rejected or _LACKING)) for chosen, rejected in sides], report
+        if not self._how.blocks or not any(isinstance(row, PlainText) for row in rows):
+            return self._whole.encode(rows)
+        # The blocks of a text are as long as rows are.
+        self._in_blocks = True
+        cut = Encoder(self.tokenizer, self._how)
+        texts, report = cut.encode([row for row in rows if isinstance(row, PlainText)])
+        others, of_others = self._whole.encode([row for row in rows if not isinstance(row, PlainText)])
+        report.add(of_others)
+        of_text, of_other = iter(texts), iter(others)
+        return [next(of_text if isinstance(row, PlainText) else of_other) for row in rows], report
 
     def row(self, place: int) -> RowShown | NoRow:
         """Return the row at a place among the usable ones, from 0."""
@@ -145,11 +188,17 @@ class Session:
         shown = tuple(shown_example(one, self.tokenizer, part=part, seq_len=self.seq_len) for part, one in parts)
         twin = self.tally.twin_of(place) if place < self.tally.done else None
         left_out = why = ""
-        if report.refused:
+        sides = [one for _, one in parts]
+        sides += [_NO_EXAMPLE] * len({"chosen", "rejected"} - {part.partition(" ")[0] for part, _ in parts})
+        if self._both_sides and (no_pair := why_no_pair(sides)):
+            left_out, why = no_pair, report.reason.partition(": ")[2] or reason(no_pair)
+        elif self._both_sides and not all(one.learnt for one in shown):
+            left_out, why = "side_left_out", reason("side_left_out")
+        elif report.refused:
             left_out, why = "refused_by_template", report.reason.partition(": ")[2] or report.reason
         elif not any(one.learnt for one in shown):
             left_out = "nothing_to_learn"
-            why = LEFT_OUT[left_out]
+            why = reason(left_out)
         return RowShown(
             place=place,
             rows=len(self._rows),
@@ -164,7 +213,7 @@ class Session:
     def _parts(self, row: Row) -> tuple[list[tuple[str, Example]], RowReport]:
         """Return the examples of a row with what each is called; of a preference both sides."""
         if isinstance(row, Preference):
-            ((chosen, rejected),), report = self._encoder.sides([row])
+            ((chosen, rejected),), report = self._whole.sides([row])
             named = [("chosen", chosen), ("rejected", rejected)]
         else:
             (made,), report = self._encoded([row])
@@ -269,25 +318,30 @@ def _tokenizer(recipe: Recipe, tell: Tell) -> Any:
     return load_tokenizer(folder, trust_remote_code=recipe.model.trust_remote_code)
 
 
-def _held_out(recipe: Recipe, data: DataSet, run: RunPaths | None) -> tuple[_Rows, set[int], list[str]]:
+def _chosen_template(recipe: Recipe, run: RunPaths | None) -> NamedTemplate | None:
+    """Return the chat template that a recipe names, of a run as it was when that began; None for the model's own."""
+    word = recipe.data.template
+    if word and run is not None and run.template.is_file():
+        return replace(NAMED.get(word, NamedTemplate(word, "")), text=run.template.read_text("utf-8"))
+    return template_of(word)
+
+
+def _held_out(recipe: Recipe, data: DataSet, run: RunPaths | None) -> tuple[_Rows, frozenset[int], list[str]]:
     """Return all rows that are shown, the places of those held out, and notes on the split."""
-    eval_data = eval_data_of(recipe)
     if not data.rows:
-        return _Rows(data.rows, ()), set(), []
+        return _Rows(data.rows, ()), frozenset(), []
     kept: HeldOutRecord | None = None
     if run is not None:
         with suppress(BadInput):
             kept = read_record(run)
     try:
+        eval_data = eval_data_of(recipe)
         parts = hold_out(recipe, data, eval_data, kept)
     except BadInput as error:
-        return _Rows(data.rows, ()), set(), [str(error)]
-    if eval_data is not None:
-        rows = _Rows(data.rows, parts.held_out)
-        return rows, set(range(len(data.rows), len(rows))), [*eval_data.notes(), *parts.notes]
-    numbers = {row.number for row in parts.held_out}
-    return (
-        _Rows(data.rows, ()),
-        {place for place, row in enumerate(data.rows) if row.number in numbers},
-        list(parts.notes),
-    )
+        return _Rows(data.rows, ()), frozenset(), [str(error)]
+    notes = [*(eval_data.notes() if eval_data else ()), *parts.notes]
+    if parts.places or not parts.held_out:
+        return _Rows(data.rows, ()), frozenset(parts.places), notes
+    # They are rows of a file of their own, or the end of a text.
+    rows = _Rows(parts.train, parts.held_out)
+    return rows, frozenset(range(len(parts.train), len(rows))), notes

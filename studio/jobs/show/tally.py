@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from studio.core.left_out import LEFT_OUT
 from studio.core.schedule import total_steps_of
+from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.row_report import RowReport
 from studio.jobs.base.data.rows import Example
 from studio.jobs.show.near import NearRows
@@ -25,7 +26,7 @@ _MOST_COMPARED = 50_000
 """Rows that are compared for near duplicates: each takes some 2 kB."""
 _LONGEST_COMPARED = 50_000
 _PAIRS = 100
-_REFUSED, _NOTHING = "refused_by_template", "nothing_to_learn"
+_REFUSED, _NOTHING, _SIDE = "refused_by_template", "nothing_to_learn", "side_left_out"
 
 
 class Tally:
@@ -67,6 +68,7 @@ class Tally:
         self._contents: dict[bytes, int] = {}
         self._near = NearRows(lambda place: said_in(row_at(place)))
         self._twin_of: dict[int, tuple[int, float]] = {}
+        self._no_pair: Counter[str] = Counter()
         self._last_learnt: tuple[tuple[int, int], NDArray[np.int64]] | None = None
 
     def add(self, rows: Sequence[Row], made: Sequence[Sequence[Example]], report: RowReport) -> None:
@@ -74,7 +76,7 @@ class Tally:
         self.report.add(report)
         for row, examples in zip(rows, made, strict=True):
             held = self._held_out(self.done)
-            for example in examples:
+            for example in self._counted(examples):
                 ranges = trained_ranges(example)
                 self._begin.extend(begin for begin, _ in ranges)
                 self._end.extend(end for _, end in ranges)
@@ -84,6 +86,13 @@ class Tally:
             self._first.append(len(self._length))
             self._compare(row)
             self.done += 1
+
+    def _counted(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """Return the examples that are trained on: of pairs both sides or none."""
+        if self._both_sides and (why := why_no_pair(examples)):
+            self._no_pair[why] += 1
+            return ()
+        return examples
 
     def _compare(self, row: Row) -> None:
         earlier = self._contents.setdefault(row_keys(row).content, self.done)
@@ -128,8 +137,14 @@ class Tally:
         kept, first = np.minimum(length, seq_len), np.frombuffer(self._first, np.uint64).astype(np.int64)
         row_of = np.repeat(np.arange(self.done), np.diff(first))
         left = Counter(self._left_out)
-        left[_REFUSED] += self.report.refused
-        left[_NOTHING] += int(np.count_nonzero(~good)) + self.report.dropped
+        if self._both_sides:  # a side without anything to learn takes the other one with it
+            broken = np.isin(row_of, row_of[~good])
+            good &= ~broken
+            left.update(self._no_pair)
+            left[_SIDE] += len(np.unique(row_of[broken]))
+        else:
+            left[_REFUSED] += self.report.refused
+            left[_NOTHING] += int(np.count_nonzero(~good)) + self.report.dropped
         edges, counts = _bars(length, seq_len)
         train = good & ~held
         units = len(np.unique(row_of[train])) if self._both_sides else int(np.count_nonzero(train))
@@ -151,7 +166,7 @@ class Tally:
             cut_learnt=int((whole - learnt).sum()),
             tokens=int(kept[good].sum()),
             loss_tokens=int(learnt[good].sum()),
-            left_out={reason: left[reason] for reason in LEFT_OUT if left[reason]},
+            left_out={reason: left[reason] for reason in (*LEFT_OUT, *sorted(left.keys() - LEFT_OUT)) if left[reason]},
             train_tokens=int(kept[train].sum()),
             steps=total_steps_of(steps=0, epochs=1, rows=units, rows_per_step=self._rows_per_step) if units else 0,
             twins=len(twins),
@@ -178,6 +193,19 @@ class Tally:
         report.longest = int(length.max(initial=0))
         report.say(seq_len, end_token, said.append)
         return tuple(said)
+
+
+def why_no_pair(examples: Sequence[Example]) -> str:
+    """Return why the examples of both sides of a preference are no pair, a reason of `LEFT_OUT`; empty where they are.
+
+    The same as `studio.jobs.train.objectives.pairs` decides. An empty example stands for a side that is left out.
+    """
+    if any(not len(one.input_ids) for one in examples):
+        return _SIDE
+    if len(examples) != 2:
+        return "side_split"
+    one, other = (side.input_ids[: int(np.argmax(side.labels != IGNORED))] for side in examples)
+    return "" if np.array_equal(one, other) else "prompts_differ"
 
 
 def said_in(row: Row) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from textual.content import Content
 
-from studio.core.left_out import LEFT_OUT
+from studio.core.left_out import reason
 from studio.core.text import every_character, plain
 from studio.runs.show import Opened, RowShown, ShownExample, Summary
 from studio.tui.readable import count
@@ -150,19 +150,19 @@ def _joined(summary: Summary) -> list[tuple[int, int, int]]:
 def left_out_text(opened: Opened, summary: Summary) -> Content:
     """Return which rows are left out and why, and what else was found in rows."""
     parts: _Parts = [("Left out\n", "bold")]
-    for reason, number in summary.left_out.items():
-        parts.append(f"  {count(number)} {LEFT_OUT.get(reason, plain(reason, one_line=True))}\n")
+    for kind, number in summary.left_out.items():
+        parts.append(f"  {count(number)} {plain(reason(kind), one_line=True)}\n")
     if not summary.left_out:
         parts.append("  none\n")
-    later = {"refused_by_template", "nothing_to_learn"} & summary.left_out.keys()
-    if later:
+    if summary.left_out.keys() - opened.left_out.keys():
         parts.append(("  f until it says 'left out', then n, goes through those that became no example\n", "dim"))
     if opened.findings:
         parts.append(("\nRow by row\n", "bold"))
     for one in opened.findings:
-        style = "$text-error" if one["fatal"] else "$text-warning" if one["kind"] in LEFT_OUT else ""
+        out = one["kind"] in opened.left_out
+        style = "$text-error" if one["fatal"] else "$text-warning" if out else ""
         place = f" {one['field']}" if one["field"] else ""
-        head = "to correct" if one["fatal"] else "left out" if one["kind"] in LEFT_OUT else "note"
+        head = "to correct" if one["fatal"] else "left out" if out else "note"
         parts += [(f"  {head:11}", style), f"row {one['row']}{plain(place, one_line=True)}: "]
         parts.append(f"{plain(one['message'], one_line=True)}\n")
     more = sum(opened.finding_counts.values()) - len(opened.findings)
