@@ -25,7 +25,7 @@ _WANTED_HISTORY = "wanted a list of pairs, a question and its answer each, or of
 
 def system_of(row: RawRow) -> list[Message]:
     """Return the system turn that a column holds, if any."""
-    column = next((name for name in SYSTEM_COLUMNS if filled(row.value.get(name))), None)
+    column = row.first(SYSTEM_COLUMNS)
     return [Message("system", row.text(column))] if column else []
 
 
@@ -66,7 +66,7 @@ def context_of(row: RawRow) -> str:
     Raises:
         Unusable: The column holds something else.
     """
-    column = next((name for name in CONTEXT_COLUMNS if filled(row.value.get(name))), None)
+    column = row.first(CONTEXT_COLUMNS)
     if column is None:
         return ""
     value = row.value[column]
@@ -122,7 +122,7 @@ def _documents(value: Any, row: RawRow) -> list[dict[str, Any]]:
 
 def reasoning_of(row: RawRow) -> str:
     """Return the reasoning before the answer that a column of its own holds; empty for none."""
-    column = next((name for name in REASONING_COLUMNS if filled(row.value.get(name))), None)
+    column = row.first(REASONING_COLUMNS)
     return row.text(column) if column else ""
 
 

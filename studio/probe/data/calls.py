@@ -89,8 +89,6 @@ def check_results(messages: Sequence[Message], places: Sequence[str], row: RawRo
     Raises:
         Unusable: There is such a result.
     """
-    if not any(message.role == "tool" for message in messages):
-        return
     structured = any(message.calls for message in messages)
     known: set[str] = set()
     called = False

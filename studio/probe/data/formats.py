@@ -37,6 +37,7 @@ from studio.probe.data.rows import Conversation, Message, PlainText, Preference,
 from studio.probe.data.turns import turns_of
 
 _NAMED_SHAPES = 9
+_BESIDE = frozenset(BESIDE_COLUMNS)
 _TREE = {"message_id", "parent_id"}
 """Columns of data sets that hold a message a row, each with the one that it answers (oasst1)."""
 _MESSAGE = ({"role", "content"}, {"from", "value"})
@@ -243,7 +244,7 @@ def _told(made: Preference, row: RawRow) -> Preference:
 
 
 def _tools(row: RawRow) -> str:
-    column = next((name for name in TOOL_COLUMNS if filled(row.value.get(name))), None)
+    column = row.first(TOOL_COLUMNS)
     return tools_of(row.value[column], column, row) if column else ""
 
 
@@ -258,18 +259,25 @@ def _conversation(made: list[Message] | Conversation, row: RawRow) -> Conversati
             "learnt like the others. Keep the rows with desirable answers and remove the column; where it means "
             "something else, rename it",
         )
+    bare = _BESIDE.isdisjoint(row.value)  # the usual case, which takes half the time
     if isinstance(made, Conversation):
         turns, tools = list(made.messages), made.tools
+    elif bare:
+        turns, tools = taken_apart(made, "", row)
     else:
-        turns = [*history_of(row), *made]
-        if turns and made and made[0].role == "system":
-            turns = [made[0], *history_of(row), *made[1:]]
-        elif not (turns and turns[0].role == "system"):
-            turns = [*system_of(row), *turns]
-        turns, tools = taken_apart(turns, _tools(row), row)
+        turns, tools = taken_apart(_with_beside(made, row), _tools(row), row)
         check_context(row, row.shape.columns)
-    turns = _checked(turns, row)
-    return Conversation(tuple(turns), row.number, tools, template_kwargs_of(row), label[1] if label else None)
+    kwargs = "" if bare else template_kwargs_of(row)
+    return Conversation(tuple(_checked(turns, row)), row.number, tools, kwargs, label[1] if label else None)
+
+
+def _with_beside(made: list[Message], row: RawRow) -> list[Message]:
+    """Return turns with the history before them, and the system prompt of a column unless they have their own."""
+    history = history_of(row)
+    if made and made[0].role == "system":
+        return [made[0], *history, *made[1:]]
+    system = [] if history and history[0].role == "system" else system_of(row)
+    return [*system, *history, *made]
 
 
 def _checked(turns: list[Message], row: RawRow) -> list[Message]:

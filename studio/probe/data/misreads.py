@@ -14,6 +14,7 @@ from studio.probe.data.raw_row import RawRow
 _MEDIA_LINKS = ("image_url", "video_url", "audio_url")
 MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios", *_MEDIA_LINKS)
 MEDIA_FIELDS = (*MEDIA_COLUMNS, "input_audio")
+_MEDIA_NAMES = frozenset(MEDIA_COLUMNS)
 PLACEHOLDER = "<image>"
 PLACEHOLDERS = (PLACEHOLDER, "<video>", "<audio>", "<|image_pad|>", "<|video_pad|>", "<start_of_image>")
 """How rows for models that read pictures mark the place of one: LLaVA's words, then tokens of Qwen and Gemma."""
@@ -27,6 +28,8 @@ _MEDIA = (
 
 def refuse_media(value: Mapping[str, Any], needed: Sequence[str], number: int, findings: Findings) -> bool:
     """Refuse a row for a column of pictures, sound or films; return whether that was done."""
+    if _MEDIA_NAMES.isdisjoint(value):
+        return False
     for column in MEDIA_COLUMNS:
         if column not in needed and filled(value.get(column)):
             findings.add("media", number, f"found the column {column}; {_MEDIA} column", field=column)

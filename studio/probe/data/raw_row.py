@@ -1,11 +1,11 @@
 """A row as its file has it: what its columns hold, how it is written, and where findings about it go."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from studio.probe.data.findings import Findings, json_kind
+from studio.probe.data.findings import Findings, filled, json_kind
 from studio.probe.data.reading import Reading
 from studio.probe.data.rows import Conversation, Message, Preference
 
@@ -71,6 +71,13 @@ class RawRow:
     def note(self, kind: str, field: str, message: str) -> None:
         """Record what should be known of the row, which is kept."""
         self.findings.add(kind, self.number, message, field=self.how.in_file(field), fatal=False)
+
+    def first(self, columns: Sequence[str]) -> str | None:
+        """Return the first of some columns that says anything."""
+        for column in columns:
+            if column in self.value and filled(self.value[column]):
+                return column
+        return None
 
     def text(self, column: str) -> str:
         """Return the text of a column; a row without it cannot be used."""
