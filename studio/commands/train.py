@@ -6,7 +6,7 @@ import sys
 from studio.commands.follow import conclude, follow
 from studio.commands.options import add_json, add_runs_dir, add_set, root_of
 from studio.commands.recipe_flags import add_recipe_flags, settings_of
-from studio.commands.terminal import DONE, say, write_json
+from studio.commands.terminal import DONE, WaitLine, say, write_json
 from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.launch.kinds import Checked
@@ -51,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
         tell_checked(report)
         told.extend(report.notes)
 
-    paths = start(recipe, root_of(args), module=args.modules.get("train"), on_checked=checked)
+    with WaitLine("reading the data", sys.stderr) as reading:
+        paths = start(recipe, root_of(args), module=args.modules.get("train"), on_checked=checked, progress=reading)
     say(f"run {paths.name} in {plain(str(paths.root), one_line=True)}", to=to)
     watch = RunWatch(paths)
     if args.detach:

@@ -11,6 +11,7 @@ from studio.core.recipe import Recipe
 from studio.core.recipe_parse import refuse
 from studio.core.text import plain
 from studio.probe.audit import check_audit
+from studio.probe.data.opened import Progress
 from studio.probe.device import CPU_PLACE, Place, place_of, recorded_card
 from studio.probe.export import check_export, check_exports, check_token
 from studio.probe.measure import base_config
@@ -58,6 +59,7 @@ class JobKind(Generic[J]):
         module: The module that does it, started as `python -m MODULE RUN`.
         title: Returns the name of a run of it; the time of its start is added.
         check: Returns the job as it can be started; raises BadInput for everything that is known to be wrong by then.
+            It tells (done, total) of what takes long.
         check_resume: Returns where an ended run of it goes on; raises BadInput where it cannot.
         has_checkpoints: Whether a resumed run goes on after a checkpoint, and may start over where none is whole.
     """
@@ -65,7 +67,7 @@ class JobKind(Generic[J]):
     request: type[J]
     module: str
     title: Callable[[J], str]
-    check: Callable[[J], Checked[J]]
+    check: Callable[[J, Progress], Checked[J]]
     check_resume: Callable[[J, RunPaths], Place] = _on_the_cpu
     has_checkpoints: bool = False
 
@@ -92,8 +94,8 @@ def _named_after(folder: str) -> str:
     return _STAMP.sub("", Path(folder).name)
 
 
-def _check_training(recipe: Recipe) -> Checked[Recipe]:
-    report = check_training(recipe)
+def _check_training(recipe: Recipe, progress: Progress) -> Checked[Recipe]:
+    report = check_training(recipe, progress=progress)
     plan = plan_for(report.recipe, report.base, place=report.place)
     return Checked(report.recipe, report.place, report.notes, plan)
 
@@ -104,19 +106,19 @@ def _check_training_again(recipe: Recipe, paths: RunPaths) -> Place:
     return place_of(recipe.device.device, run_card=recorded_card(paths))
 
 
-def _check_merge(request: MergeRequest) -> Checked[MergeRequest]:
+def _check_merge(request: MergeRequest, progress: Progress) -> Checked[MergeRequest]:
     check_merge(request)
     check_exports(request)  # now, because `start_next` starts them without a check
     return Checked(request)
 
 
-def _check_export(request: ExportRequest) -> Checked[ExportRequest]:
+def _check_export(request: ExportRequest, progress: Progress) -> Checked[ExportRequest]:
     check_export(request)
     check_token(request)
     return Checked(request)
 
 
-def _check_measure(request: MeasureRequest) -> Checked[MeasureRequest]:
+def _check_measure(request: MeasureRequest, progress: Progress) -> Checked[MeasureRequest]:
     recipe = request.recipe
     refuse(recipe.problems())
     # The configuration alone tells whether the base is quantised, so its weights need not be here.
@@ -134,7 +136,7 @@ def _measured_on(request: MeasureRequest, paths: RunPaths | None = None) -> Plac
     return place_of(request.recipe.device.device)
 
 
-def _check_audit(request: AuditRequest) -> Checked[AuditRequest]:
+def _check_audit(request: AuditRequest, progress: Progress) -> Checked[AuditRequest]:
     check_audit(request)
     return Checked(request, _audited_on(request).or_refuse())
 

@@ -10,6 +10,7 @@ from typing import Any
 from studio.core.errors import BadInput, StudioError
 from studio.core.text import plain
 from studio.launch.kinds import Checked, kind_for, kind_named
+from studio.probe.data.opened import Progress
 from studio.probe.device import CPU_PLACE, Place
 from studio.probe.space import check_space
 from studio.runs import supervise
@@ -32,6 +33,7 @@ def start(
     now: Callable[[], float] = time.time,
     plan: Mapping[str, Any] | None = None,
     on_checked: Callable[[Checked[J]], None] = lambda checked: None,
+    progress: Progress = lambda done, total: None,
     **launching: Any,
 ) -> RunPaths:
     """Check a job, make its run and launch the worker; return when the worker holds the run.
@@ -43,6 +45,7 @@ def start(
         now: Unix seconds.
         plan: The memory estimate, kept in the run; None takes the one that the check made.
         on_checked: Gets the checked job and its notes, before anything is written.
+        progress: Told (done, total) of data that are downloaded or read for the check; may raise to end it.
         launching: Further arguments of `studio.runs.supervise.launch`.
 
     Raises:
@@ -51,7 +54,7 @@ def start(
     """
     check_space(runs_root)
     kind = kind_for(job)
-    checked = kind.check(job)
+    checked = kind.check(job, progress)
     on_checked(checked)
     paths = prepare(checked.job, runs_root, now(), checked.plan if plan is None else plan)
     return _launch(paths, module or kind.module, checked.place, launching)

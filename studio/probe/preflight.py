@@ -10,6 +10,7 @@ from studio.core.recipe_parse import refuse
 from studio.core.text import plain
 from studio.probe.data import DataSet
 from studio.probe.data.mixture import data_of, eval_data_of, missing_data
+from studio.probe.data.opened import Progress
 from studio.probe.device import Place, Sight, place_of
 from studio.probe.held_out import hold_out
 from studio.probe.models import BaseFound, find_base, refuse_untrainable
@@ -41,12 +42,13 @@ class PreflightReport:
     place: Place
 
 
-def check_training(recipe: Recipe, *, sight: Sight | None = None) -> PreflightReport:
+def check_training(recipe: Recipe, *, sight: Sight | None = None, progress: Progress | None = None) -> PreflightReport:
     """Check a recipe against this machine: its fields, its card, the base model and every row of its data.
 
     Args:
         recipe: What is asked for; relative paths are taken from the current folder.
         sight: What is known of the machine's cards; None looks.
+        progress: Told (done, total) of the data that are downloaded or read; may raise to end it.
 
     Raises:
         BadInput: Something would keep the run from starting; the message says what, and what to do.
@@ -64,7 +66,7 @@ def check_training(recipe: Recipe, *, sight: Sight | None = None) -> PreflightRe
             listed = ", ".join(plain(word, one_line=True) for word in missing)
             notes += (f"{listed}: {size_bytes / 1e9:.1f} GB are downloaded by the run; it checks the rows then.",)
             return PreflightReport(recipe, base, None, notes, place)
-    data, eval_data = data_of(recipe), eval_data_of(recipe)
+    data, eval_data = data_of(recipe, progress=progress), eval_data_of(recipe, progress=progress)
     if data.commit and not recipe.data.revision:
         recipe = recipe.with_("data.revision", data.commit)  # so that a resume reads the same rows
     if any(part.data.commit for part in data.parts):

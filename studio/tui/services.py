@@ -36,7 +36,7 @@ _LONGEST_NAME = 60
 class Services:
     """The real services; a test gives its own in their place."""
 
-    def start(self, job: "Job", runs_root: Path) -> RunPaths:
+    def start(self, job: "Job", runs_root: Path, progress: "Progress | None" = None) -> RunPaths:
         """Check a job, make its run and launch its worker. The worker of a merge launches the exports that follow it.
 
         Raises:
@@ -44,7 +44,7 @@ class Services:
         """
         from studio.launch.start import start
 
-        return start(job, runs_root)
+        return start(job, runs_root, progress=progress or (lambda done, total: None))
 
     def resume(self, paths: RunPaths, *, from_start: bool = False) -> None:
         """Launch a new worker for a run that has ended early.

@@ -11,6 +11,7 @@ from typing import ClassVar
 from studio.core.errors import BadInput
 from studio.core.events import Finished, Phase, Started
 from studio.launch.kinds import Checked, JobKind
+from studio.probe.data.opened import Progress
 from studio.runs.job import read_job
 from studio.runs.worker import Worker, run_job
 
@@ -33,7 +34,7 @@ class CountRequest:
     share: bool = False
 
 
-def check(request: CountRequest) -> Checked[CountRequest]:
+def check(request: CountRequest, progress: Progress) -> Checked[CountRequest]:
     """Check that there is a text.
 
     Raises:

@@ -102,7 +102,7 @@ def services_that(
 ) -> Services:
     """Services that note what they are asked; they refuse with a message, or hand out a run."""
 
-    def start(recipe: Recipe, runs_root: Path) -> RunPaths:
+    def start(recipe: Recipe, runs_root: Path, progress: object = None) -> RunPaths:
         asked.started.append(recipe)
         if refuses or makes is None:
             raise BadInput(refuses)

@@ -26,7 +26,8 @@ from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.run import RunScreen
 from studio.tui.screens.setup import SetupScreen
 from studio.tui.services import Services
-from studio.tui.setup_texts import Abandoned, ReadingTold, data_text
+from studio.tui.setup_texts import data_text
+from studio.tui.told import Abandoned, ReadingTold
 from tests.tui.stories import (
     EIGHT_B,
     HOSTILE,
@@ -414,7 +415,7 @@ def test_a_base_that_is_quantised_already_holds_the_models_step(tmp_path: Path) 
 
 def test_reading_tells_how_far_it_is_and_ends_when_nobody_waits() -> None:
     now, over, shown = [0.0], [False], list[str]()
-    told = ReadingTold(lambda words: shown.append(words.plain), lambda: over[0], lambda: now[0])
+    told = ReadingTold(shown.append, lambda: over[0], lambda: now[0])
     for seconds, done in ((0.5, 10), (1.1, 20), (1.2, 30), (1.7, 40)):
         now[0] = seconds
         told(done, 80)

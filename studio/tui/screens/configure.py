@@ -11,6 +11,7 @@ from textual.containers import Container
 from textual.content import Content
 from textual.message import Message
 from textual.screen import Screen
+from textual.worker import get_current_worker
 
 from studio.core.errors import StudioError
 from studio.core.recipe import FIELDS, Recipe
@@ -27,6 +28,7 @@ from studio.tui.screens.cards import CardScreen
 from studio.tui.screens.dialogs import Confirm
 from studio.tui.screens.recipe_dialogs import ask_to_open, ask_to_save
 from studio.tui.services import Services
+from studio.tui.told import Abandoned, ReadingTold
 from widgets.gauge import Gauge
 from widgets.key_footer import KeyFooter
 
@@ -356,7 +358,11 @@ class ConfigureScreen(Screen[None]):
             if question is not None:
                 self.post_message(self.OverBudget(recipe, question))
                 return
-            paths = self._services.start(recipe, self._runs_root)
+            worker, show = get_current_worker(), self.query_one(FieldHelp).show_busy
+            told = ReadingTold(lambda words: self.app.call_from_thread(show, words), lambda: worker.is_cancelled)
+            paths = self._services.start(recipe, self._runs_root, told)
+        except Abandoned:
+            return
         except StudioError as error:
             self.post_message(self.Refused(str(error)))
         else:

@@ -29,9 +29,7 @@ from studio.tui.services import Services
 from studio.tui.setup_texts import (
     HERE,
     OTHER,
-    Abandoned,
     Lookup,
-    ReadingTold,
     Seen,
     SetupDone,
     Then,
@@ -50,6 +48,7 @@ from studio.tui.setup_texts import (
     refused_text,
     verdict_text,
 )
+from studio.tui.told import Abandoned, ReadingTold
 from widgets.key_footer import KeyFooter
 from widgets.tab_row import TabRow
 
@@ -364,7 +363,7 @@ class SetupScreen(Screen[SetupDone | None]):
     @work(thread=True, exclusive=True, group="look")
     def _look(self, step: str, answers: Answers) -> None:
         worker, tell = get_current_worker(), self._step(step).tell
-        told = ReadingTold(lambda words: self.app.call_from_thread(tell, words), lambda: worker.is_cancelled)
+        told = ReadingTold(lambda words: self.app.call_from_thread(tell, Content(words)), lambda: worker.is_cancelled)
         with suppress(Abandoned):
             seen = self._lookup.model(answers) if step == "model" else self._lookup.data(answers, told)
             self.post_message(self.Looked(step, answers, seen))
