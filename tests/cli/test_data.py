@@ -1,11 +1,13 @@
 """`data check` and `train` on rows that say more than their texts: both refuse, and both tell what is not used."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from studio.commands.terminal import WaitLine
 from studio.probe.setup import check_data
 from studio.tui.setup_texts import data_text
 from tests.cli.conftest import Cli
@@ -133,3 +135,35 @@ def test_a_folder_is_checked_by_split(cli: Cli) -> None:
     refused = cli("data", "check", "chats", "--split", "dev")
     assert refused.code == 2
     assert "has no split dev; it has train, test" in refused.err
+
+
+class Screen(io.StringIO):
+    """A stream that may be a terminal."""
+
+    def __init__(self, *, terminal: bool) -> None:
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+
+@pytest.mark.parametrize(("terminal", "shown"), [
+    (True, "\rreading the data: 50 %\x1b[K\rreading the data: 80 %\x1b[K\r\x1b[K"),
+    (False, "reading the data: 50 %\n"),
+])  # fmt: skip
+def test_long_reading_says_how_far_it_is(terminal: bool, shown: str) -> None:
+    now = [0.0]
+    stream = Screen(terminal=terminal)
+    with WaitLine("reading the data", stream, lambda: now[0]) as told:
+        for seconds, done in ((0.9, 40), (1.0, 50), (1.1, 60), (1.3, 80)):
+            now[0] = seconds
+            told(done, 100)
+    assert stream.getvalue() == shown
+
+
+def test_short_reading_says_nothing() -> None:
+    stream = Screen(terminal=True)
+    with WaitLine("reading the data", stream, lambda: 0.0) as told:
+        told(1, 2)
+    assert stream.getvalue() == ""
