@@ -12,6 +12,7 @@ import psutil
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from studio.core.events import Warned
 from studio.core.recipe import Recipe
@@ -23,13 +24,14 @@ from studio.jobs.base.tokenizer import load_tokenizer
 from studio.probe.audit import audit_of_run, rows_to_measure
 from studio.probe.data import PlainText
 from studio.probe.data.documents import SECTION, last_part, sections, split_documents
-from studio.probe.models import find_base
+from studio.probe.embedded_model import find_embedded
 from studio.probe.resume import check_resume
 from studio.runs.held_out import read_record
 from studio.runs.log import read_events
 from tests.fakes.tokenizers import byte_tokenizer, metaspace_tokenizer, qwen_folder, sentencepiece_folder
 from tests.jobs.conftest import Train, history_of
 
+GGUF = find_embedded().gguf
 TOKENIZERS: dict[str, Callable[[], Any]] = {
     "bytes": byte_tokenizer,
     "bytes with a start token": lambda: byte_tokenizer(adds_bos=True),
@@ -37,7 +39,7 @@ TOKENIZERS: dict[str, Callable[[], Any]] = {
     "qwen": lambda: load_tokenizer(qwen_folder(Path(mkdtemp()), ["<|im_end|>"], eos_token="<|im_end|>")),
     "llama": lambda: load_tokenizer(sentencepiece_folder(Path(mkdtemp()), "", kind="LlamaTokenizer", special=[])),
     "gemma": lambda: load_tokenizer(sentencepiece_folder(Path(mkdtemp()), "", kind="GemmaTokenizer", special=[])),
-    "smollm": lambda: load_tokenizer(find_base("embedded").path or Path()),
+    "smollm": lambda: AutoTokenizer.from_pretrained(str(GGUF.parent), gguf_file=GGUF.name),
 }
 
 

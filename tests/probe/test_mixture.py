@@ -15,6 +15,7 @@ from studio.probe.held_out import hold_out, rows_of_run
 from studio.probe.preflight import check_training
 from studio.runs.held_out import MIXTURE, keep_record, read_record
 from studio.runs.layout import RunPaths
+from tests.fakes.tiny_model import make_tiny_model
 
 
 def file_of(folder: Path, name: str, rows: int, words: int = 1) -> str:
@@ -51,10 +52,11 @@ def test_weights_are_shares_of_rows_and_the_seed_draws(tmp_path: Path) -> None:
 
 def test_weights_by_tokens_weigh_the_length_of_rows(tmp_path: Path) -> None:
     short, long = file_of(tmp_path, "one", 200, words=1), file_of(tmp_path, "two", 200, words=92)
-    data = data_of(made(Source(short, 1.0), Source(long, 1.0), data__weigh_by="tokens"))
+    base = str(make_tiny_model(tmp_path / "tiny"))
+    data = data_of(made(Source(short, 1.0), Source(long, 1.0), data__weigh_by="tokens", model__base=base))
     few, many = data.parts[1], data.parts[0]
     assert many.drawn == 200 and few.drawn < 40
-    counts = token_lengths(data.rows, "embedded")
+    counts = token_lengths(data.rows, base)
     assert 0.9 < sum(counts[200:]) / sum(counts[:200]) < 1.1
 
 

@@ -61,7 +61,7 @@ def text_ids(rows: Sequence[PlainText], tokenizer: Any, *, start: Sequence[int],
     eos = tokenizer.eos_token_id
     if not rows:
         return
-    encoded = tokenizer([row.before + row.text + row.after for row in rows], add_special_tokens=False)
+    encoded = tokenizer([row.before + row.text + row.after for row in rows], add_special_tokens=False, verbose=False)
     for number, row in enumerate(rows):
         ids = np.array(encoded["input_ids"][number], np.int32)
         begin, stop = len(row.before), len(row.before) + len(row.text)
