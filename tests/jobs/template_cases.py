@@ -146,6 +146,13 @@ def _merging() -> str:
     return str(learner.to_str())
 
 
+def special_words(template: str) -> list[str]:
+    """Return the special tokens that a template writes, but those that every tokenizer has."""
+    named = {"<s>", "</s>", "<bos>", "<eos>"}
+    # Mistral's first models write [INST] as text.
+    return sorted(word for word in {*_TOKEN.findall(template)} - named if "INST" not in word)
+
+
 def tokenizer_for(template: str, name: str) -> Any:
     """Return a small tokenizer with a template and the special tokens that it writes."""
     made = Tokenizer.from_str(_merging())

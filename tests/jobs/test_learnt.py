@@ -244,6 +244,16 @@ def test_reasoning_is_learnt_behind_the_prompt_that_opens_it(answer: Message) ->
     assert len(said) == 1 and "rewrites earlier turns" in said[0]
 
 
+def test_a_second_end_token_behind_the_whole_conversation_is_not_learnt() -> None:
+    """As Phi-3.5's template writes it: generation has stopped at the end of the turn."""
+    tokenizer = byte_tokenizer(
+        CHATML + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}", eos_token="</s>"
+    )
+    (example,), report, said = encode(TWO, tokenizer)
+    assert learnt(example, tokenizer) == ["bb<|im_end|>", "dd<|im_end|>"]
+    assert (report.stop_added, said) == (0, [])
+
+
 def test_an_end_token_inside_of_an_answer_is_told() -> None:
     """Generation stops there: a server gives the reasoning alone."""
     template = WHOLE.replace("'\n</think>\n\n'", "'<|im_end|>\n<|im_start|>assistant\n'")

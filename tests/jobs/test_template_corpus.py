@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs.template_cases import FOLDER, KINDS, judge, judged, summary, tokenizer_for
+from studio.jobs.base.data.bounded import freeze_date
+from studio.jobs.base.tokenizer import load_tokenizer
+from tests.fakes.tokenizers import sentencepiece_folder
+from tests.jobs.template_cases import DATE, FOLDER, KINDS, judge, judged, special_words, summary, tokenizer_for
 
 CORE = (
     "Qwen-Qwen3-0.6B",
@@ -31,6 +34,28 @@ def test_a_core_of_templates(name: str) -> None:
     verdicts = {kind: judge(tokenizer, kind) for kind in KINDS}
     assert not {kind: verdict.why for kind, verdict in verdicts.items() if verdict.word == "wrong"}
     assert Counter(verdict.word for verdict in verdicts.values())["exact"] >= len(KINDS) // 3
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("microsoft-Phi-3.5-mini-instruct", "LlamaTokenizer"),
+        ("mistral_v1", "LlamaTokenizer"),
+        ("own-no-stop", "LlamaTokenizer"),
+        ("own-no-system", "GemmaTokenizer"),
+        ("google-gemma-4-31B-it", "GemmaTokenizer"),
+    ],
+)
+def test_templates_with_tokenizers_of_pieces(tmp_path: Path, name: str, kind: str) -> None:
+    """Some put a space before every text, have no token for white space, or take it into a special token."""
+    template = text_of(name)
+    folder = sentencepiece_folder(tmp_path / name, template, kind=kind, special=special_words(template))
+    tokenizer = load_tokenizer(folder)
+    freeze_date(tokenizer, DATE)
+    verdicts = {kind: judge(tokenizer, kind) for kind in KINDS}
+    assert not {kind: verdict.why for kind, verdict in verdicts.items() if verdict.word == "wrong"}
+    for kind in ("single", "multi", "white space", "tags", "special tokens", "reasoning"):
+        assert verdicts[kind].word == "exact", f"{kind}: {verdicts[kind].why}"
 
 
 EXACT = {

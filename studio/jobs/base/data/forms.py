@@ -133,7 +133,7 @@ class Renderer:
         return table_of(wanted.row.messages[: wanted.turns], form or self.form_of(wanted.row))
 
     def _amiss(self, row: Conversation, form: Form) -> float:
-        """Return how much of a row is missing in this form, or written as no server would; infinite if refused."""
+        """Return how much of a row is missing in this form, or double-quoted; infinite if refused or no text at all."""
         places = [place for place, turn in enumerate(row.messages) if turn.role == "assistant"]
         texts = self.texts([Wanted(row, place + 1, ask=False) for place in places], form)
         if texts[-1] is None:
@@ -141,7 +141,8 @@ class Renderer:
         said = {place: text for place, text in zip(places, texts, strict=True) if text is not None}
         written = list(said.values())
         amiss = float(sum(missing(row, written, said).values()))
-        amiss += any(_PYTHON in text for text in written)
+        if any(_PYTHON in text for text in written):
+            return float("inf")
         arguments = [call.arguments for turn in row.messages for call in turn.calls]
         spoilt = [shape for one in arguments for shape in (str(json.loads(one)), json.dumps(one)[1:-1]) if shape != one]
         return amiss + sum(0.5 for shape in spoilt if any(shape in text for text in written))

@@ -83,17 +83,26 @@ class Labeller:
     def _by_itself(self, encoded: Any, row: int, text: str, answer: Answer) -> tuple[Ids, Mask] | None:
         """Return an example of one answer whose tokens begin where its prompt ends; None if they cannot."""
         prompt = self._ids(text[: answer.begin])
-        said: list[int] = self.tokenizer(text[answer.begin : answer.end], add_special_tokens=False).input_ids
-        if self.tokenizer.decode([*prompt, *said]) != text[: answer.end]:
+        said = text[answer.begin : answer.end]
+        for before in ("", "\n"):  # some tokenizers put a space before a text, but none after a new line
+            encoded = self.tokenizer(before + said, add_special_tokens=False)
+            skipped = self._ids(before) if before else []
+            ids: list[int] = encoded["input_ids"]
+            shift = answer.begin - len(before)
+            if ids[: len(skipped)] == skipped and self._decoded([*prompt, *ids[len(skipped) :]]) == text[: answer.end]:
+                break
+        else:
             return None
-        learnt = np.zeros(len(prompt) + len(said), np.bool_)
-        pieces = self.tokenizer(text[answer.begin : answer.end], add_special_tokens=False)
+        learnt = np.zeros(len(ids), np.bool_)
         for begin, end in answer.learnt:
-            first = _token_from(pieces, 0, begin - answer.begin, answer.end - answer.begin)
-            last = _token_from(pieces, 0, end - answer.begin, answer.end - answer.begin)
-            if first is not None:
-                learnt[len(prompt) + first : len(prompt) + (len(said) if last is None else last)] = True
-        return np.array([*prompt, *said], np.int32), learnt
+            first = _token_from(encoded, 0, begin - shift, len(before + said))
+            last = _token_from(encoded, 0, end - shift, len(before + said))
+            learnt[len(ids) if first is None else first : len(ids) if last is None else last] = True
+        mask = np.concatenate([np.zeros(len(prompt), np.bool_), learnt[len(skipped) :]])
+        return np.array([*prompt, *ids[len(skipped) :]], np.int32), mask
+
+    def _decoded(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     def _ids(self, text: str) -> list[int]:
         if text in self._kept:

@@ -45,7 +45,7 @@ def _absent(pieces: Sequence[tuple[str, str]], texts: Sequence[str]) -> Counter[
     for text in reversed(texts):
         if not absent:
             break
-        rest = _SWITCH.sub("", text)
+        rest = _switched(text)
         for place, (_, words) in enumerate(pieces):
             if words in rest:
                 rest = rest.replace(words, "\0", 1)
@@ -72,6 +72,11 @@ def _pieces(turn: Message) -> Iterator[tuple[str, str]]:
     ):
         if words := _SWITCH.sub("", words).strip():
             yield kind, words
+
+
+def _switched(text: str) -> str:
+    """Return a text without the words that switch reasoning on or off."""
+    return _SWITCH.sub("", text) if "think" in text else text
 
 
 def _bare(words: str) -> tuple[str, str]:

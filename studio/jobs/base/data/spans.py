@@ -232,16 +232,23 @@ class Locator:
         return bool(self.eos) and said.removesuffix(self.eos).count(self.eos) > turn.words.count(self.eos)
 
     def _header_and_stop(self) -> tuple[str, str]:
-        """Return what opens an assistant's turn in a whole conversation, and the special token that ends the turn."""
-        row = Conversation((Message("user", "QUESTION"), Message("assistant", "ANSWER")))
-        asked, opened, whole = (
-            text or ""
-            for text in self.renderer.texts([Wanted(row, 1, False), Wanted(row, 1, True), Wanted(row, 2, False)])
-        )
+        """Return what opens an assistant's turn in a whole conversation, and the special token that ends the turn.
+
+        That is the one which the template writes after an answer whether or not the user goes on.
+        """
+        turns = Message("user", "QUESTION"), Message("assistant", "ANSWER"), Message("user", "FURTHER")
+        row = Conversation(turns)
+        wanted = [Wanted(row, 1, ask=False), Wanted(row, 1, ask=True), *(Wanted(row, n, ask=False) for n in (2, 3))]
+        asked, opened, whole, longer = (text or "" for text in self.renderer.texts(wanted))
         shared = opened[: _before_tag(opened, _shared(opened, whole))]
         header = shared[len(asked) :] if shared.startswith(asked) else shared.rpartition("QUESTION")[2]
-        tail = whole.rpartition("ANSWER")[2].rstrip()
-        stop = self.eos if self.eos in tail else next((token for token in self._ends if tail.endswith(token)), "")
+        tail, further = whole.rpartition("ANSWER")[2], longer.rpartition("ANSWER")[2]
+        either = tail[: _shared(tail, further)] if further else tail
+        stop = next((token for token in self._ends if either.rstrip().endswith(token)), "")
+        if self.eos and self.eos in either:
+            stop = self.eos
+        elif not tail.rstrip().endswith(stop or "\0"):
+            stop = next(iter(re.findall("|".join(map(re.escape, self._ends)), either)), "") if self._ends else ""
         return header.removeprefix(self.eos) if "QUESTION" not in header else "", stop
 
 
