@@ -516,7 +516,7 @@ class DataSection:
         "",
         Text(),
         "Data revision",
-        "Branch, tag or commit of a hub data set; empty for its newest, which the run then notes here.",
+        "Branch, tag or commit of a hub data set; empty for its newest. A run notes the commit here.",
         resume="by content",
     )
     on_bad_row: OnBadRow = declared(

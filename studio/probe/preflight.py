@@ -67,7 +67,7 @@ def check_training(recipe: Recipe, *, sight: Sight | None = None, progress: Prog
             notes += (f"{listed}: {size_bytes / 1e9:.1f} GB are downloaded by the run; it checks the rows then.",)
             return PreflightReport(recipe, base, None, notes, place)
     data, eval_data = data_of(recipe, progress=progress), eval_data_of(recipe, progress=progress)
-    if data.commit and not recipe.data.revision:
+    if data.commit:
         recipe = recipe.with_("data.revision", data.commit)  # so that a resume reads the same rows
     if any(part.data.commit for part in data.parts):
         pinned = zip(recipe.data.sources, data.parts, strict=True)

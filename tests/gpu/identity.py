@@ -23,7 +23,7 @@ from studio.probe.torch_cards import driver_words, runs_on, why_unusable
 from studio.runs.status import run_status
 from tests.gpu.bench import GIB, Bench, Seen, Wrong, mib
 
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "datasets", "triton")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "pyarrow", "triton")
 OTHERS = ("trl", "unsloth", "liger_kernel", "flash_attn", "nvidia-ml-py")
 _START_SECONDS = 100.0
 _MASKS = (

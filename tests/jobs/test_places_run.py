@@ -89,6 +89,7 @@ def test_a_data_set_of_the_hub_is_trained_at_the_commit_that_was_checked(
 ) -> None:
     (folder / "data" / "train-00001-of-00002.jsonl").write_text(chats(2, 3))
     named = recipe.with_("data.path", "owner/chats").with_("data.eval_path", "owner/chats")
+    assert check_training(named.with_("data.revision", "main")).recipe.data.revision == COMMIT
     checked = check_training(named)
     assert checked.data is not None
     assert len(checked.data.rows) == 4
@@ -105,6 +106,7 @@ def test_a_data_set_of_the_hub_is_trained_at_the_commit_that_was_checked(
     assert len(data_fingerprint(checked.recipe)) == 32
 
 
+@pytest.mark.slow
 def test_much_data_of_the_hub_is_downloaded_by_the_run(
     train: Train, recipe: Recipe, folder: Path, on_hub: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -181,6 +181,7 @@ def test_a_lost_connection_is_taken_up_again(tmp_path: Path) -> None:
     assert any(request.endswith("bytes=20971520-") for request in asked)
 
 
+@pytest.mark.slow
 def test_configurations_are_those_of_the_card(tmp_path: Path) -> None:
     files = {"README.md": TWO, "data/short-1.jsonl": rows(1), "test/ab.jsonl": rows(2), "long/a.jsonl": rows(4)}
     chats = put(tmp_path / "repository", files)

@@ -44,7 +44,7 @@ _CONVERTED = "refs/convert/parquet"
 _MOST_FILES = 200_000
 _MOST_NOTE_BYTES = 64 * 2**20
 _KEPT_COMMITS = 5
-_RECIPE = "https://huggingface.co/datasets/"
+_PAGES = "https://huggingface.co/datasets/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ def find(word: HubWord, *, ask: bool = True) -> Found:
         if script:
             raise BadInput(
                 f"{shown} is made by a script of its own, which is not run here, and the hub has no copy of it in "
-                f"Parquet. Look for another data set, or download what the script reads: {_RECIPE}{word.repo}"
+                f"Parquet. Look for another data set, or download what the script reads: {_PAGES}{word.repo}"
             ) from None
         raise
     return Found(listing, chosen, _cached(word.repo, listing.commit, chosen.names))
@@ -319,7 +319,7 @@ def _refusal(word: HubWord, revision: str, error: Exception) -> tuple[str, str, 
     name = f"The data set {repo}" + (f" at revision {plain(revision, one_line=True, limit=80)}" if revision else "")
     match error:
         case errors.GatedRepoError():
-            way_out = f"accept its terms at {_RECIPE}{repo}, then run: hf auth login"
+            way_out = f"accept its terms at {_PAGES}{repo}, then run: hf auth login"
             return f"{name} is gated: {way_out}.", "it is gated", True
         case errors.RevisionNotFoundError():
             said = f"{name} was not found: the hub has the data set, not this revision. Empty means the newest."
