@@ -6,31 +6,25 @@ from studio.core.recipe import Recipe
 from studio.runs.layout import RunPaths
 
 
-class OpenRun(Message):
+class _AboutRun(Message):
+    """A wish that is about one run."""
+
+    def __init__(self, paths: RunPaths) -> None:
+        """Carry the run."""
+        super().__init__()
+        self.paths = paths
+
+
+class OpenRun(_AboutRun):
     """The user wants to watch a run."""
 
-    def __init__(self, paths: RunPaths) -> None:
-        """Carry the run."""
-        super().__init__()
-        self.paths = paths
 
-
-class OpenChat(Message):
+class OpenChat(_AboutRun):
     """The user wants to chat with what a run made."""
 
-    def __init__(self, paths: RunPaths) -> None:
-        """Carry the run."""
-        super().__init__()
-        self.paths = paths
 
-
-class ShowMerge(Message):
+class ShowMerge(_AboutRun):
     """The user wants to merge a run's adapter or, where the run is a merge, to see what came of it."""
-
-    def __init__(self, paths: RunPaths) -> None:
-        """Carry the run."""
-        super().__init__()
-        self.paths = paths
 
 
 class ShowRuns(Message):
