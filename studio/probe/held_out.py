@@ -103,8 +103,8 @@ def hold_out(
     if not isinstance(data.rows, tuple):
         keys_of(data.rows, progress)  # of stored rows they are kept from here on
     if eval_data is None:
-        if data.format == "text":
-            parts = split_documents(data.rows, recipe)
+        if any(part.data.format == "text" for part in data.parts) or data.format == "text":
+            parts = split_documents(data.rows, recipe, cuts=not data.parts)
         else:
             parts = split(data.rows, recipe.eval.rows, recipe.train.seed)
         train, held, notes, places, last = parts.train, parts.held_out, parts.notes, parts.places, parts.last

@@ -28,7 +28,7 @@ from studio.probe.embedded_model import find_embedded
 from studio.probe.resume import check_resume
 from studio.runs.held_out import read_record
 from studio.runs.log import read_events
-from tests.fakes.tokenizers import byte_tokenizer, metaspace_tokenizer, qwen_folder, sentencepiece_folder
+from tests.fakes.tokenizers import byte_tokenizer, chat, metaspace_tokenizer, qwen_folder, sentencepiece_folder
 from tests.jobs.conftest import Train, history_of
 
 GGUF = find_embedded().gguf
@@ -159,6 +159,29 @@ def test_one_document_holds_out_its_last_part(most: int, size: int) -> None:
     assert "its last part is held out" in parts.notes[0]
     again = last_part(rows, parts.last)
     assert list(again.held_out) == held and list(again.train) == train
+
+
+def test_a_document_that_is_most_of_the_text_is_not_held_out() -> None:
+    for seed in range(5):
+        rows = [section for row in texts(90_000, *[400] * 12) for section in sections(row, most=9000)]
+        parts = split_documents(rows, recipe_of(5, 64).with_("train.seed", seed))
+        assert 1 <= len(parts.held_out) <= 4 and all(row.number > 1 for row in parts.held_out)
+
+
+def test_of_a_few_large_documents_the_last_part_of_the_last_one_is_held_out() -> None:
+    rows = [section for row in texts(50_000, 60_000, 40_000) for section in sections(row, most=9000)]
+    parts = split_documents(rows, recipe_of(5, 64))
+    assert {row.number for row in parts.held_out} == {3} and parts.last <= 1300
+    assert "the 3 documents are large: the last one's last part is held out" in parts.notes[0]
+    assert list(last_part(rows, parts.last).held_out) == list(parts.held_out)
+    assert not split_documents(rows, recipe_of(5, 64), cuts=False).held_out
+
+
+def test_chats_beside_a_book_are_held_out_and_its_sections_are_not() -> None:
+    (book,) = texts(90_000)
+    rows = [*sections(book, most=9000), *(chat(("user", f"q{n}"), ("assistant", f"a{n}"), number=n) for n in range(40))]
+    parts = split_documents(rows, recipe_of(5, 64), cuts=False)
+    assert len(parts.held_out) == 5 and not any(isinstance(row, PlainText) for row in parts.held_out)
 
 
 def test_nothing_is_held_out_where_nothing_is_asked_for() -> None:

@@ -19,6 +19,7 @@ CONTEXT = 4096
 """Characters that a section knows of the text on either side, for the tokenizer and for the first block's context."""
 _CHARACTERS_PER_TOKEN = 4
 """About; it decides only how much is held out."""
+_OF_ALL = 20
 _LAST_PART = 10
 """One document alone holds out its last part, at most one in so many characters."""
 
@@ -67,14 +68,16 @@ def _first_section(text: str, before: str, number: int, most: int, context: int)
     return PlainText(text[:stop], number, before, text[stop : stop + context])
 
 
-def split_documents(rows: Sequence[Row], recipe: Recipe) -> Split:
+def split_documents(rows: Sequence[Row], recipe: Recipe, *, cuts: bool = True) -> Split:
     """Return a split in which whole documents are held out: so many as make about `eval.rows` blocks.
 
-    One document alone is cut, and its last part held out.
+    A document that is much larger than that, and more than a twentieth of all, is never held out. Where all are, one
+    document alone as a rule, the last one is cut, and its last part held out.
 
     Args:
-        rows: Plain texts; the sections of a document follow one another.
+        rows: Plain texts, and perhaps other rows; the sections of a document follow one another.
         recipe: Says how many rows are held out, how long they are, and the seed.
+        cuts: Whether a document may be cut.
     """
     starts: list[int] = []
     sizes: list[int] = []
@@ -85,21 +88,26 @@ def split_documents(rows: Sequence[Row], recipe: Recipe) -> Split:
             starts.append(place)
             sizes.append(sum(len(turn.content) for turn in row.turns))
     wanted = recipe.eval.rows * recipe.train.seq_len * _CHARACTERS_PER_TOKEN
-    if not recipe.eval.rows:
+    if not wanted:
         return Split(rows, ())
-    if len(starts) == 1:
-        return last_part(rows, min(sizes[0] // _LAST_PART, wanted))
-    documents = min(recipe.eval.rows, max(1, math.ceil(wanted * len(sizes) / max(1, sum(sizes)))))
-    parts = split(drawn(rows, starts), documents, recipe.train.seed)
+    most = max(2 * wanted, sum(sizes) // _OF_ALL)
+    able = [document for document, size in enumerate(sizes) if size <= most] if len(starts) > 1 else []
+    if not able:
+        return last_part(rows, min(sizes[-1] // _LAST_PART, wanted)) if cuts else Split(rows, ())
+    mean = sum(sizes[document] for document in able) / len(able)
+    documents = min(recipe.eval.rows, max(1, math.ceil(wanted / max(1.0, mean))))
+    parts = split(drawn(rows, [starts[document] for document in able]), documents, recipe.train.seed)
     ends = [*starts[1:], len(rows)]
-    held = {place for document in parts.places for place in range(starts[document], ends[document])}
-    if len(held) == len(parts.places) and documents == recipe.eval.rows:
-        return parts if len(starts) == len(rows) else _parted(rows, held, parts.notes)
+    chosen = [able[place] for place in parts.places]
+    held = {place for document in chosen for place in range(starts[document], ends[document])}
+    if len(able) == len(rows) and documents == recipe.eval.rows:
+        return parts
     note = (
-        f"{len(parts.places)} of {len(starts)} documents are held out, whole: as near to eval.rows = "
+        f"{len(chosen)} of {len(starts)} documents are held out, whole: as near to eval.rows = "
         f"{recipe.eval.rows} blocks of {recipe.train.seq_len} tokens as whole documents come"
     )
-    return _parted(rows, held, (*parts.notes, note))
+    notes = parts.notes if documents == recipe.eval.rows else (*parts.notes, note)
+    return _parted(rows, held, notes)
 
 
 def _parted(rows: Sequence[Row], held: set[int], notes: tuple[str, ...]) -> Split:
@@ -128,7 +136,9 @@ def last_part(rows: Sequence[Row], characters: int) -> Split:
     train = Chain([drawn(rows, range(place)), [parts[0] if tail else row]])
     held = Chain([[parts[1]] if tail else [], drawn(rows, range(place + 1, len(rows)))])
     size = sum(len(part.answer) for part in held)
-    note = f"there is one document: its last part is held out, {size:,} characters"
+    documents = sum(not (isinstance(row, PlainText) and row.before) for row in rows)
+    which = "there is one document: its" if documents == 1 else f"the {documents} documents are large: the last one's"
+    note = f"{which} last part is held out, {size:,} characters"
     return Split(train, held, (note,), last=size)
 
 
