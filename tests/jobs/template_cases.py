@@ -23,10 +23,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from studio.jobs.base.data.bounded import apply_template, freeze_date
-from studio.jobs.base.data.forms import USUAL, features_of, forms, options, table_of
 from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.row_report import RowReport
 from studio.jobs.base.data.rows import Encoder, Encoding, Example
+from studio.jobs.base.data.spelling import USUAL, features_of, options, spellings, table_of
 from studio.jobs.base.data.template import with_system_folded
 from studio.probe.data import Conversation, Message, ToolCall
 from tests.fakes.runs import CHECKOUT
@@ -221,13 +221,13 @@ def judge(tokenizer: Any, kind: str) -> Verdict:
 
 
 def _asked_as_served(tokenizer: Any, row: Conversation, place: int, runs: list[Any]) -> list[int]:
-    """Return which trained stretches stand behind the turn's served prompt, in whichever form the template takes."""
+    """Return which trained stretches stand behind the prompt that a turn is served with, in any spelling."""
     folded = with_system_folded(row.messages)
     for turns, at in ((row.messages, place), (folded, place - len(row.messages) + len(folded))):
-        for form in (USUAL, *forms(features_of(row))):
+        for spelling in (USUAL, *spellings(features_of(row))):
             try:
                 (ids,) = apply_template(
-                    tokenizer, [table_of(turns[:at], form)], tokenize=True, return_dict=False,
+                    tokenizer, [table_of(turns[:at], spelling)], tokenize=True, return_dict=False,
                     add_generation_prompt=True, **options(row.tools, ""),
                 )  # fmt: skip
             except (TemplateError, ValueError, TypeError, IndexError):

@@ -109,7 +109,7 @@ def test_a_run_is_audited_and_asked_with_the_date_it_was_trained_with(
         seen.extend(text for text in made if isinstance(text, str))
         return made
 
-    for module in ("data.forms", "tokenizer"):
+    for module in ("data.spelling", "tokenizer"):
         monkeypatch.setattr(f"studio.jobs.base.{module}.apply_template", spied)
     monkeypatch.setattr("studio.jobs.chat.session.apply_template", spied)
     done, report = audit(tmp_path / "audit", audit_of_run(paths))

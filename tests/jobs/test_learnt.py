@@ -2,13 +2,19 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from studio.jobs.base.data.bounded import set_variables
+from studio.core.recipe import Recipe
+from studio.jobs.base.data.bounded import apply_template, set_variables
 from studio.jobs.base.data.rows import Encoder, Encoding, sample_prompts
+from studio.jobs.base.data.template import say_variables
+from studio.jobs.base.tokenizer import load_tokenizer
 from studio.probe.data import Conversation, Message, ToolCall
+from studio.runs.layout import RunPaths
+from studio.runs.recipe_file import dump_recipe
 from tests.fakes.tokenizers import ASK, CHATML, ONE, TWO, byte_tokenizer, chat, encode, learnt
 
 TOOLS = json.dumps([{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}])
@@ -155,6 +161,33 @@ def test_variables_of_the_recipe_and_of_rows_reach_the_template() -> None:
     assert shouts == ["!", "!!!", ""]
     prompts = sample_prompts(rows, tokenizer, 3, seq_len=100)
     assert [tokenizer.decode(prompt.input_ids).partition("<")[0] for prompt in prompts] == shouts
+
+
+def test_variables_are_told_and_those_that_the_template_does_not_know() -> None:
+    tokenizer, said = byte_tokenizer(TOLD), list[str]()
+    say_variables(tokenizer, said.append)
+    assert said == []
+    set_variables(tokenizer, {"shout": 2, "whisper": True})
+    say_variables(tokenizer, said.append)
+    assert said[0].startswith("the chat template is told shout = 2: tell it the same")
+    assert said[1] == "data.template_kwargs: the chat template does not know whisper"
+    row = replace(ONE, template_kwargs='{"whisper": 3, "shout": 1, "documents": []}', number=9)
+    _, report, _ = encode([ONE, row], tokenizer)
+    assert (str(report.unseen), report.unseen.first) == ("1 x documents, 1 x variables", 9)
+
+
+def test_a_run_keeps_its_variables_for_whoever_opens_its_adapter(tmp_path: Path) -> None:
+    """Audits, samples and chats of a run load its adapter's tokenizer."""
+    paths = RunPaths(tmp_path / "run")
+    byte_tokenizer(TOLD).save_pretrained(paths.adapter)
+    recipe = Recipe().with_("data.template_kwargs", {"shout": 2})
+    paths.recipe.write_text(dump_recipe(recipe))
+    tokenizer = load_tokenizer(paths.adapter)
+    (text,) = apply_template(tokenizer, [[{"role": "user", "content": "a"}]], tokenize=False)
+    assert text.startswith("!!<|im_start|>")
+    assert not apply_template(tokenizer, [[{"role": "user", "content": "a"}]], tokenize=False, shout=0)[0].startswith(
+        "!"
+    )
 
 
 def test_a_variable_that_is_not_the_rows_to_give_refuses_the_row() -> None:

@@ -20,7 +20,7 @@ from studio.jobs.base.data.chosen_template import use_template
 from studio.jobs.base.data.encode_pool import CHUNK_ROWS
 from studio.jobs.base.data.row_report import RowReport
 from studio.jobs.base.data.rows import Encoder, Encoding, Example
-from studio.jobs.base.data.template import ensure_template
+from studio.jobs.base.data.template import ensure_template, say_variables
 from studio.jobs.base.tokenizer import load_tokenizer
 from studio.jobs.show.pieces import shown_example
 from studio.jobs.show.tally import Tally, why_no_pair
@@ -106,6 +106,7 @@ class Session:
             use_template(self.tokenizer, _chosen_template(recipe, self._run), said.append)
             had_template = bool(self.tokenizer.chat_template)
             ensure_template(self.tokenizer, data.format, said.append)
+            say_variables(self.tokenizer, notes.append)
         self._both_sides = takes_pairs(recipe.train.objective)
         self._how = replace(Encoding.of(recipe), answers_only=recipe.data.answers_only or self._both_sides)
         self._whole = Encoder(self.tokenizer, replace(self._how, seq_len=_WHOLE))

@@ -19,7 +19,7 @@ from studio.core.text import plain
 from studio.jobs.base.data.chosen_template import untrained_tokens, use_template
 from studio.jobs.base.data.rows import Prompt, sample_prompts
 from studio.jobs.base.data.stored_examples import StoredExamples
-from studio.jobs.base.data.template import ensure_template
+from studio.jobs.base.data.template import ensure_template, say_variables
 from studio.jobs.base.progress import PhaseTeller, heed
 from studio.jobs.train.objectives import Encoded, Objective, sequences
 from studio.probe.data import Row
@@ -111,6 +111,7 @@ def read_rows(
     if data.format != "text":
         use_template(tokenizer, chosen, warn)
         ensure_template(tokenizer, data.format, warn)
+        say_variables(tokenizer, warn)
 
     def encoded(rows: Sequence[Row]) -> Sequence[Encoded]:
         examples = objective.encode(rows, tokenizer, recipe, warn=warn, left_out=left_out, progress=tokenised)

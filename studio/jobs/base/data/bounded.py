@@ -15,7 +15,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -75,6 +75,11 @@ def told_template(tokenizer: Any) -> dict[str, Any]:
     """
     date = getattr(tokenizer, _DATE, None)
     return {"date": date.isoformat() if date else "", "variables": getattr(tokenizer, _VARIABLES, {})}
+
+
+def unknown_variables(tokenizer: Any, names: Iterable[str]) -> list[str]:
+    """Return those of some variables whose names stand nowhere in the chat template."""
+    return [name for name in names if name not in str(tokenizer.chat_template)]
 
 
 def writes_date(tokenizer: Any) -> bool:

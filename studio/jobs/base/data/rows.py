@@ -18,12 +18,12 @@ from studio.core.chat_options import PARTS
 from studio.core.errors import JobFailed
 from studio.core.recipe import Recipe
 from studio.jobs.base.data.blocks import Ids, Mask, blocks, start_of, text_ids
-from studio.jobs.base.data.forms import Renderer, Wanted
 from studio.jobs.base.data.labelled import Labeller
 from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.row_report import RowReport
 from studio.jobs.base.data.seen import missing
 from studio.jobs.base.data.spans import Located, Locator
+from studio.jobs.base.data.spelling import Renderer, Wanted
 from studio.jobs.base.data.template import starts_with_bos, with_system_folded
 from studio.probe.data import Conversation, PlainText, Preference, Row
 
@@ -121,8 +121,8 @@ def _question(row: Conversation, renderer: Renderer) -> tuple[str, str, str] | N
     before, answer = row.messages[:-1], row.messages[-1]
     for turns in (row.messages, with_system_folded(row.messages)) if before else ():
         wanted = Wanted(replace(row, messages=turns), len(turns) - 1, ask=True)
-        for form in (None, renderer.best(wanted.row)):
-            if (text := renderer.texts([wanted], form)[0]) is not None:
+        for spelling in (None, renderer.best(wanted.row)):
+            if (text := renderer.texts([wanted], spelling)[0]) is not None:
                 return text, before[-1].content, answer.content or answer.words
     return None
 
@@ -216,7 +216,7 @@ class Encoder:
         return made
 
     def _located(self, rows: Sequence[Conversation]) -> list[Located]:
-        """Return where the answers of each row stand, in another form of the row where only that makes it usable."""
+        """Return where the answers of each row stand, in another spelling where only that makes a row usable."""
         report = self.report
         rows, located = list(rows), self.locator.locate(rows)
         for place, row in enumerate(rows):
@@ -236,12 +236,15 @@ class Encoder:
             elif found.rendered:
                 if found.lost:
                     report.lost.add(row.number, {"answers": found.lost})
-                if absent := missing(rows[place], [one.text for one in found.rendered], found.said):
+                absent = missing(rows[place], [one.text for one in found.rendered], found.said)
+                for name in self.locator.renderer.unknown(row):
+                    absent["documents" if name == "documents" else "variables"] += 1
+                if absent:
                     report.unseen.add(row.number, absent)
         return located
 
     def _mended(self, row: Conversation) -> tuple[Conversation, Located]:
-        """Return a row that the template refuses in another form, or with its system turn folded in; count it."""
+        """Return a row that the template refuses in another spelling, or with its system turn folded in; count it."""
         found = self.locator.locate([row], self.locator.renderer.best(row))[0]
         if found.rendered:
             return row, found

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from studio.jobs.base.data.forms import Form, Renderer, Wanted
 from studio.jobs.base.data.parts import Range, learnt_ranges, reasoning_of, says_something
+from studio.jobs.base.data.spelling import Renderer, Spelling, Wanted
 from studio.probe.data import Conversation, Message
 
 
@@ -116,7 +116,7 @@ class Locator:
         found = [place for place, turn in enumerate(row.messages) if turn.role == "assistant"]
         return [place for place in (found[-1:] if self.last_only else found) if row.messages[place].learnt]
 
-    def locate(self, rows: Sequence[Conversation], form: Form | None = None) -> list[Located]:
+    def locate(self, rows: Sequence[Conversation], spelling: Spelling | None = None) -> list[Located]:
         """Return where the answers of each conversation stand; each conversation must end with an assistant turn."""
         wanted: list[Wanted] = []
         for row in rows:
@@ -125,7 +125,7 @@ class Locator:
                 wanted.append(Wanted(row, place, ask=True))
                 if place + 1 < len(row.messages):
                     wanted.append(Wanted(row, place + 1, ask=False))
-        texts = iter(self.renderer.texts(wanted, form))
+        texts = iter(self.renderer.texts(wanted, spelling))
         return [self._of_row(row, texts) for row in rows]
 
     def _of_row(self, row: Conversation, texts: Iterator[str | None]) -> Located:

@@ -11,7 +11,9 @@ the adapter asks in the form that was trained. `{eos}` is the tokenizer's end to
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from studio.jobs.base.data.forms import Renderer, Turns, Wanted
+from studio.core.text import plain
+from studio.jobs.base.data.bounded import told_template, unknown_variables
+from studio.jobs.base.data.spelling import Renderer, Turns, Wanted
 from studio.probe.data import Conversation, Message
 
 Warn = Callable[[str], None]
@@ -50,6 +52,17 @@ def ensure_template(tokenizer: Any, data_format: str, warn: Warn) -> None:
         "This model has no chat template (it is probably a base model). A plain one is used and saved with the "
         f"tokenizer: {_example(tokenizer)!r}. Whoever uses the adapter must ask in this form."
     )
+
+
+def say_variables(tokenizer: Any, warn: Warn) -> None:
+    """Say what the chat template is told by the recipe, and which of it the template does not know."""
+    variables = told_template(tokenizer)["variables"]
+    unknown = unknown_variables(tokenizer, variables)
+    if known := {name: value for name, value in variables.items() if name not in unknown}:
+        said = ", ".join(f"{name} = {plain(str(value), one_line=True, limit=60)}" for name, value in known.items())
+        warn(f"the chat template is told {said}: tell it the same wherever the adapter is served")
+    if unknown:
+        warn(f"data.template_kwargs: the chat template does not know {', '.join(unknown)}")
 
 
 def starts_with_bos(tokenizer: Any) -> bool:

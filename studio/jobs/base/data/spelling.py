@@ -1,10 +1,10 @@
-"""Writes conversations with a model's chat template, in the form that this template takes.
+"""Writes conversations with a model's chat template, in the spelling that this template takes.
 
 Templates agree on role and content alone. Some take the arguments of a call as an object, some as JSON text; reasoning
 stands in one of several fields, in parts of the content, or between tags in it; a turn that only calls tools has an
-empty content or none; some want ids of nine letters. The forms are tried, the usual one first, on a conversation made
+empty content or none; some want ids of nine letters. Spellings are tried, the usual one first, on a conversation made
 up for the purpose that has the features of the row: the first that the template accepts, and whose rendering holds
-every word, is taken. If the row itself is refused in that form, the others are tried on the row.
+every word, is taken. If the row itself is refused in that spelling, the others are tried on the row.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from jinja2 import TemplateError
 
 from studio.core.chat_options import NOT_VARIABLES
-from studio.jobs.base.data.bounded import Table, apply_template
+from studio.jobs.base.data.bounded import Table, apply_template, unknown_variables
 from studio.jobs.base.data.seen import missing
 from studio.probe.data import Conversation, Message, ToolCall
 
@@ -29,7 +29,7 @@ _REFUSALS = (TemplateError, ValueError, TypeError, IndexError)
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class Spelling:
     """How turns are handed to a template.
 
     Attributes:
@@ -50,7 +50,7 @@ class Form:
     in_parts: bool = False
 
 
-USUAL = Form()
+USUAL = Spelling()
 
 
 class Wanted(NamedTuple):
@@ -62,7 +62,7 @@ class Wanted(NamedTuple):
 
 
 class Features(NamedTuple):
-    """What of a row decides on its form."""
+    """What of a row decides on its spelling."""
 
     thinks: bool
     calls: bool
@@ -77,21 +77,21 @@ class Renderer:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self._forms: dict[Features, Form] = {}
+        self._spellings: dict[Features, Spelling] = {}
 
-    def texts(self, wanted: Sequence[Wanted], form: Form | None = None) -> list[str | None]:
+    def texts(self, wanted: Sequence[Wanted], spelling: Spelling | None = None) -> list[str | None]:
         """Return each text, None where the template refuses it.
 
         Args:
             wanted: What is rendered.
-            form: The form of all of them; None for that which suits the features of each row.
+            spelling: That of all of them; None for that which suits the features of each row.
         """
         made: list[str | None] = [None] * len(wanted)
         together: dict[tuple[str, str, bool], list[int]] = {}
         for place, (row, _, ask) in enumerate(wanted):
             together.setdefault((row.tools, row.template_kwargs, ask), []).append(place)
         for (tools, more, ask), places in together.items():
-            tables = [self._table(wanted[place], form) for place in places]
+            tables = [self._table(wanted[place], spelling) for place in places]
             try:
                 texts = _rendered(self.tokenizer, tables, ask, options(tools, more))
             except ValueError:  # its variables
@@ -100,21 +100,21 @@ class Renderer:
                 made[place] = text
         return made
 
-    def form_of(self, row: Conversation) -> Form:
-        """Return the form for rows with this one's features."""
+    def spelling_of(self, row: Conversation) -> Spelling:
+        """Return the spelling for rows with this one's features."""
         features = features_of(row)
-        if features not in self._forms:
-            self._forms[features] = self.best(_made_up(features))
-        return self._forms[features]
+        if features not in self._spellings:
+            self._spellings[features] = self.best(_made_up(features))
+        return self._spellings[features]
 
-    def best(self, row: Conversation) -> Form:
-        """Return the first form in which least of the row is missing; the usual one where the template refuses all."""
+    def best(self, row: Conversation) -> Spelling:
+        """Return the first spelling in which least of the row is missing; the usual one where all are refused."""
         features = features_of(row)
         found, least = USUAL, float("inf")
-        for form in forms(features):
-            amiss = self._amiss(row, form)
+        for spelling in spellings(features):
+            amiss = self._amiss(row, spelling)
             if amiss < least:
-                found, least = form, amiss
+                found, least = spelling, amiss
             if not least:
                 break
         return found
@@ -129,13 +129,18 @@ class Renderer:
             return str(error)
         return ""
 
-    def _table(self, wanted: Wanted, form: Form | None) -> Table:
-        return table_of(wanted.row.messages[: wanted.turns], form or self.form_of(wanted.row))
+    def unknown(self, row: Conversation) -> list[str]:
+        """Return the row's variables of which the template knows nothing."""
+        names = json.loads(row.template_kwargs) if row.template_kwargs else ()
+        return unknown_variables(self.tokenizer, names)
 
-    def _amiss(self, row: Conversation, form: Form) -> float:
-        """Return how much of a row is missing in this form, or double-quoted; infinite if refused or no text at all."""
+    def _table(self, wanted: Wanted, spelling: Spelling | None) -> Table:
+        return table_of(wanted.row.messages[: wanted.turns], spelling or self.spelling_of(wanted.row))
+
+    def _amiss(self, row: Conversation, spelling: Spelling) -> float:
+        """Return how much of a row is missing in this spelling, or quoted twice; infinite if refused or no text."""
         places = [place for place, turn in enumerate(row.messages) if turn.role == "assistant"]
-        texts = self.texts([Wanted(row, place + 1, ask=False) for place in places], form)
+        texts = self.texts([Wanted(row, place + 1, ask=False) for place in places], spelling)
         if texts[-1] is None:
             return float("inf")
         said = {place: text for place, text in zip(places, texts, strict=True) if text is not None}
@@ -155,7 +160,7 @@ def options(tools: str, template_kwargs: str) -> dict[str, Any]:
         ValueError: A variable has a name that is not the row's to give.
     """
     found: dict[str, Any] = json.loads(template_kwargs) if template_kwargs else {}
-    if taken := sorted(NOT_VARIABLES.intersection(found)):
+    if taken := sorted(NOT_VARIABLES.intersection(found) - {"documents"}):
         raise ValueError(f"the row's variables for the template may not be called {', '.join(taken)}")
     if tools:
         found["tools"] = [
@@ -166,7 +171,7 @@ def options(tools: str, template_kwargs: str) -> dict[str, Any]:
 
 
 def features_of(row: Conversation) -> Features:
-    """Return what of a row decides on its form."""
+    """Return what of a row decides on its spelling."""
     turns = row.messages
     return Features(
         thinks=any(turn.reasoning for turn in turns),
@@ -178,8 +183,8 @@ def features_of(row: Conversation) -> Features:
     )
 
 
-def forms(features: Features) -> Iterator[Form]:
-    """Yield the forms that differ for a row with these features, the usual one first."""
+def spellings(features: Features) -> Iterator[Spelling]:
+    """Yield the spellings that differ for a row with these features, the usual one first."""
     linked = features.calls or features.results
     arguments: tuple[Arguments, ...] = ("object", "text") if features.calls else ("object",)
     reasoning: tuple[Reasoning, ...] = get_args(Reasoning) if features.thinks else ("reasoning_content",)
@@ -187,7 +192,7 @@ def forms(features: Features) -> Iterator[Form]:
     for in_parts, own_ids, is_none, handed, field in itertools.product(
         (False, True), ids, nothing, arguments, reasoning
     ):
-        yield Form(handed, field, is_none, own_ids, in_parts)
+        yield Spelling(handed, field, is_none, own_ids, in_parts)
 
 
 def _made_up(features: Features) -> Conversation:
@@ -218,29 +223,29 @@ def _rendered(tokenizer: Any, tables: Sequence[Table], ask: bool, more: dict[str
     return made
 
 
-def table_of(turns: Turns, form: Form = USUAL) -> Table:
-    """Return turns as a chat template reads them: role, content, and what else a turn has, in OpenAI's form."""
+def table_of(turns: Turns, spelling: Spelling = USUAL) -> Table:
+    """Return turns as a chat template reads them: role, content, and what else a turn has, in OpenAI's format."""
     made = []
     for turn in turns:
         row: dict[str, Any] = {"role": turn.role, "content": turn.content}
         if turn.reasoning:
-            row |= _with_reasoning(turn, form.reasoning)
+            row |= _with_reasoning(turn, spelling.reasoning)
         if turn.calls:
-            row["tool_calls"] = [_call(call, form) for call in turn.calls]
-            if not turn.content and form.empty_is_none and row["content"] == turn.content:
+            row["tool_calls"] = [_call(call, spelling) for call in turn.calls]
+            if not turn.content and spelling.empty_is_none and row["content"] == turn.content:
                 row["content"] = None
         if turn.name:
             row["name"] = turn.name
         if turn.call_id:
             row["tool_call_id"] = turn.call_id
-        if form.in_parts and isinstance(row["content"], str):
+        if spelling.in_parts and isinstance(row["content"], str):
             row["content"] = [{"type": "text", "text": row["content"]}] if row["content"] else []
         made.append(row)
-    return made if form.own_ids else _with_ids(turns, made)
+    return made if spelling.own_ids else _with_ids(turns, made)
 
 
-def _call(call: ToolCall, form: Form) -> dict[str, Any]:
-    arguments = json.loads(call.arguments) if form.arguments == "object" else call.arguments
+def _call(call: ToolCall, spelling: Spelling) -> dict[str, Any]:
+    arguments = json.loads(call.arguments) if spelling.arguments == "object" else call.arguments
     made: dict[str, Any] = {"type": "function", "function": {"name": call.name, "arguments": arguments}}
     return made | ({"id": call.id} if call.id else {})
 
