@@ -24,7 +24,7 @@ def attention(run: Modules, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | N
     gate = None
     if layer.output_gate:
         query, gate = op.split_last(query, (0.5, 0.5))
-        gate = op.clone(gate)
+        gate = op.clone(gate)  # `gate.reshape` of one half of each head (modeling_qwen3_next.py) must copy it
     if layer.query_key_norm:
         groups = (layer.heads.queries, layer.heads.keys) if layer.query_key_norm == "head" else (1, 1)
         normed = [run.head_norm(layer, t, n) for t, n in zip((query, key), groups, strict=True)]
@@ -266,7 +266,7 @@ def _plain(run: Modules, layer: Layer, query: Tensor, key: Tensor, value: Tensor
     tape.named(scores)
     out = op.cast(_product(run, layer, weights, value, query.elements), itemsize)
     tape.passing(square.times(itemsize))
-    out = op.clone(out)
+    out = op.clone(out)  # .transpose(1, 2).contiguous() in sdpa_attention.py
     tape.named(query, key, value, weights)
     return out
 
@@ -285,7 +285,7 @@ def _broadcast(run: Modules, layer: Layer, query: Tensor, key: Tensor, value: Te
     if not run.traits.half:
         scores = op.cast(scores, wide)
     weights = op.softmax(scores, wide, fused_backward=run.traits.cpu)
-    out = op.clone(_product(run, layer, op.cast(weights, itemsize), value, query.elements))
+    out = op.clone(_product(run, layer, op.cast(weights, itemsize), value, query.elements))  # .permute(..).reshape(..)
     run.tape.named(query, key, value, weights)
     return out, weights
 

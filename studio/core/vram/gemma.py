@@ -114,7 +114,7 @@ def predicted(run: Modules, layer: Layer, streams: Tensor) -> Tensor:
     compute = arithmetic.compute if arithmetic.autocast else streams.itemsize
     narrow, coefficients = op.cast(streams, compute), op.cast(coefficients, compute)
     product = op.matmul(narrow, coefficients, streams.elements, copies_x=False, copies_y=False)
-    out = op.cast(op.clone(op.add_rows(product, streams)), streams.itemsize)
+    out = op.cast(op.clone(op.add_rows(product, streams)), streams.itemsize)  # .contiguous().type_as(hidden_states)
     run.tape.named(product, coefficients)
     return out
 
@@ -127,6 +127,7 @@ def corrected(run: Modules, layer: Layer, predictions: Tensor, activated: Tensor
     product = op.multiply_rows(innovation, op.add_number(coefficients))
     out = op.add_rows(product, predictions)
     run.tape.named(innovation, coefficients)
+    # corrected_predictions[active].clone(): the sum below is added to the others in place.
     first = op.times_constant(op.clone(op.slice_last(out, 1 / layer.streams)))
     made = own_input(run, layer, first)
     run.tape.named(first)

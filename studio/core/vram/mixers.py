@@ -175,7 +175,7 @@ def _short_convolution(run: Modules, mixer: Mixer, x: Tensor) -> Tensor:
     product = op.multiply(left, right)
     after = _convolved(run, mixer, product, activated=False)
     gated = op.multiply(gate, after)
-    out = op.clone(gated)
+    out = op.clone(gated)  # .transpose(-1, -2).contiguous()
     (projected,) = run.linears((mixer.out,), out)
     run.tape.named(joined, after, out)
     return projected
@@ -255,7 +255,7 @@ def _chunked_scan(run: Modules, mixer: Mixer, given: tuple[Tensor, ...]) -> Tens
     state = op.slice_last(passed, chunks / (chunks + 1))
     outside = op.laid_anew(_contracted(run, out_of, state, wide, copies=(copies, copies)))
     outside = _times_rows(outside, fading)
-    both = op.clone(op.add(inside, outside))
+    both = op.clone(op.add(inside, outside))  # (Y_diag + Y_off).contiguous()
     out = op.add(both, skipped)
     tape.named(values, decay, into, out_of, skipped, summed, pairs, scores, weights, inside, decayed, passed, outside)
     return out if ratio == 1 else op.slice_last(out, 1 / ratio)
