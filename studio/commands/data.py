@@ -12,7 +12,7 @@ from studio.commands.terminal import DONE, NO, WaitLine, say, write_json
 from studio.core.errors import BadInput
 from studio.core.recipe import Recipe, choices_of
 from studio.core.text import plain
-from studio.probe.data import Conversation, DataSet, Finding, Preference, Reading, inspect_data
+from studio.probe.data import Conversation, DataSet, Finding, PlainText, Preference, Reading, inspect_data
 from studio.probe.data.lengths import spread_of, texts_of, token_lengths
 from studio.probe.data.mixture import data_of
 from studio.probe.embedded_model import unpack_embedded
@@ -135,8 +135,12 @@ def _longer(rows: Any, tokens: list[int], seq: int) -> list[Finding]:
     told = (
         f"tokens of text; {seq} are kept with the chat template's own, which are not counted here, the rest is cut off"
     )
+    blocks = f"tokens of text: it becomes blocks of {seq}, and no token is lost, unless data.blocks is off"
     return [
-        Finding("longer_than_seq", row.number, "", f"{length} {told}", fatal=False)
+        Finding(
+            *("longer_than_seq", row.number, "", f"{length} {blocks if isinstance(row, PlainText) else told}"),
+            fatal=False,
+        )
         for row, length in zip(rows, tokens, strict=True)
         if length > seq
     ]

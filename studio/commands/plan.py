@@ -2,7 +2,9 @@
 
 import argparse
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import get_args
 
 from studio.commands.gpus import notes_on
@@ -18,6 +20,7 @@ from studio.core.shape import ModelShape
 from studio.core.stock.estimate import estimate_stock, refined
 from studio.core.stock.modules import FusedKernels
 from studio.core.stock.setup import StockSetup, as_it_lies_here, stock_setup
+from studio.core.text import plain
 from studio.core.throughput import Duration, Speed
 from studio.core.trainable import check_adapted
 from studio.core.vram.estimate import estimate_vram
@@ -226,10 +229,14 @@ def _print(estimate: VramEstimate, shape: ModelShape, setup: Setup, device: Plan
 
 
 def pace_lines(pace: Pace, setup: Setup) -> list[str]:
-    """Return lines on speed, on time and on how much 4 bits slow a step; where no speed is known, one line says why."""
+    """Return lines on a mixture's shares, on speed, on time and on how much 4 bits slow a step.
+
+    Where no speed is known, one line says why.
+    """
+    lines = [f"mixture: {'; '.join(_shares(pace))}, guessed from the beginnings of the files"] if pace.sources else []
     if pace.speed is None:
-        return [f"speed: not known; {pace.why_not}"]
-    lines = [f"speed: about {_rates(pace.speed)} tokens/s, full rows; from {pace.speed.basis}"]
+        return [*lines, f"speed: not known; {pace.why_not}"]
+    lines += [f"speed: about {_rates(pace.speed)} tokens/s, full rows; from {pace.speed.basis}"]
     if pace.duration is not None and pace.tokens is not None:
         least, _, most = pace.tokens
         lines.append(
@@ -241,6 +248,14 @@ def pace_lines(pace: Pace, setup: Setup) -> list[str]:
         low, usual, high = pace.slowdown
         lines.append(f"4 bit: a step takes {usual:.2f} times as long as in 16 bit ({low:.2f} to {high:.2f})")
     return lines
+
+
+def _shares(pace: Pace) -> Iterator[str]:
+    rows = max(1, sum(drawn for _, drawn, _ in pace.sources))
+    tokens = max(1.0, sum(of_them for *_, of_them in pace.sources))
+    for path, drawn, of_them in pace.sources:
+        name = plain(Path(path).name, one_line=True, limit=40)
+        yield f"{name} {drawn:,} rows ({drawn / rows:.0%}, about {of_them / tokens:.0%} of the tokens)"
 
 
 def _rates(speed: Speed) -> str:

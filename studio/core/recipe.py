@@ -217,7 +217,7 @@ class TrainSection:
         1024,
         Number(int, 8, 1_048_576, "tokens", _LENGTHS),
         "Length",
-        "Longest row; what is longer is cut on the right.",
+        "Longest row; what is longer is cut on the right, and a plain text becomes several rows.",
         cost="Activations grow linearly with it; attention time grows quadratically.",
         flag="seq",
     )

@@ -48,6 +48,7 @@ class Pace:
         tokens: Real tokens of the run: least, usual, most.
         duration: Hours of its steps.
         runs: How many runs of this setting the speed comes from.
+        sources: Of a mixture each source with the rows and about the tokens that are drawn from it, a pass.
     """
 
     speed: Speed | None
@@ -57,6 +58,7 @@ class Pace:
     tokens: tuple[float, float, float] | None = None
     duration: Duration | None = None
     runs: int = 0
+    sources: tuple[tuple[str, int, float], ...] = ()
 
 
 def pace_of(recipe: Recipe, shape: ModelShape, setup: Setup, gpu: Gpu | None, *, data_known: bool = True) -> Pace:
@@ -93,7 +95,7 @@ def pace_of(recipe: Recipe, shape: ModelShape, setup: Setup, gpu: Gpu | None, *,
         usual = duration_of(speed if recipe.train.packing == "on" else slowest, tokens[1]).expected
         usual = min(max(usual, fast), slow)
         duration = Duration(fast * (1 + once), usual * (1 + once), slow * (1 + once))
-    return Pace(speed, why_not, slowdown, steps, tokens, duration, len(seen))
+    return Pace(speed, why_not, slowdown, steps, tokens, duration, len(seen), guess.parts)
 
 
 def calibrated(estimate: VramEstimate, setup: Setup, gpu: Gpu | None) -> VramEstimate:
@@ -133,6 +135,7 @@ def pace_to_dict(pace: Pace) -> dict[str, Any]:
         "tokens": dict(zip(names, map(round, pace.tokens), strict=True)) if pace.tokens else None,
         "qlora_slowdown": dict(zip(names, pace.slowdown, strict=True)) if pace.slowdown else None,
         "calibration_runs": pace.runs,
+        "sources": [{"path": path, "rows": rows, "tokens": round(tokens)} for path, rows, tokens in pace.sources],
     }
 
 
@@ -172,7 +175,12 @@ def _mixture(recipe: Recipe) -> "RowsGuess | None":
         for count in [max(1, round(_LOOKED_AT * guess.rows / whole))]
         for place in range(count)
     )
-    return RowsGuess(whole, tuple(sizes_of))
+    longest = recipe.train.seq_len
+    parts = (
+        (source.path, rows, guess.rows * guess.tokens_per_row(longest)[1])
+        for source, rows, guess in zip(recipe.data.sources, drawn, blocks, strict=True)
+    )
+    return RowsGuess(whole, tuple(sizes_of), parts=tuple(parts))
 
 
 def _speed(shape: ModelShape, setup: Setup, gpu: Gpu | None, seen: Sequence[Observation]) -> Speed | None:

@@ -11,6 +11,7 @@ import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 
+from studio.commands.plan import pace_lines
 from studio.core.calibration import Observation
 from studio.core.gpu_catalogue import GIB, MIB, card_of_size, find_gpu
 from studio.core.recipe import Recipe
@@ -297,5 +298,9 @@ def test_a_mixture_is_guessed_from_the_beginnings_of_its_files(tmp_path: Path, r
     found = pace_of(recipe, shape, setup_of(recipe, gpu), gpu, data_known=True)
     assert found.tokens is not None
     assert found.tokens[1] == pytest.approx(400 * 110 + 100 * 1000, rel=0.15)
+    assert [(path, rows) for path, rows, _ in found.sources] == [(str(rows), 400), (str(book), 100)]
+    assert sum(tokens for *_, tokens in found.sources) == pytest.approx(found.tokens[1], rel=0.05)
+    assert "rows.jsonl 400 rows (80%, about 3" in pace_lines(found, setup_of(recipe, gpu))[0]
+    assert pace_to_dict(found)["sources"][1]["rows"] == 100
     gone = recipe.with_("data.sources", [{"path": str(rows)}, {"path": str(tmp_path / "none.jsonl")}])
     assert pace_of(gone, shape, setup_of(gone, gpu), gpu, data_known=True).tokens is None

@@ -51,12 +51,14 @@ class RowsGuess:
         text_bytes: UTF-8 bytes of text in each row that was read.
         plain: Whether the rows are plain texts, which become blocks where they are longer than a row.
         asked_bytes: Those of them that are not in the columns of two answers, in rows that have these; else 0.
+        parts: Of a mixture each source, with the rows and about the tokens that are drawn from it.
     """
 
     rows: int
     text_bytes: tuple[int, ...]
     asked_bytes: tuple[int, ...] = ()
     plain: bool = False
+    parts: tuple[tuple[str, int, float], ...] = ()
 
     def tokens_per_row(self, longest: int, *, paired: bool = False) -> tuple[float, float, float]:
         """Return the mean tokens of a row that is cut at `longest`: least, usual and most.
