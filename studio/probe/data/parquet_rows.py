@@ -74,7 +74,7 @@ def parquet_rows(path: Path, progress: Progress | None, how: Reading = AS_IT_IS)
         raise BadInput(
             f"{name} cannot be read by pyarrow: {said}. Write it again with smaller row groups (row_group_size=10000)."
         ) from None
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{name} is not a whole Parquet file: {plain(str(error), one_line=True, limit=200)}") from None
 
 
