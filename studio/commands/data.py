@@ -153,6 +153,7 @@ def _report(data: DataSet, tokens: list[int] | None, long_rows: list[Finding]) -
         "ok": bool(data.rows) and not any(finding.fatal for finding in data.findings),
         "format": data.format,
         "columns": list(data.columns),
+        "columns_beside": list(data.beside),
         "ignored_columns": list(data.ignored_columns),
         "rows": len(data.rows),
         "preferences": sum(isinstance(row, Preference) for row in data.rows),
@@ -181,6 +182,8 @@ def _report(data: DataSet, tokens: list[int] | None, long_rows: list[Finding]) -
 
 def _tell(data: DataSet, report: dict[str, Any]) -> None:
     say(f"{plain(str(data.path), one_line=True)}: {data.described() if data.rows else 'no usable row'}")
+    if words := data.beside_words():
+        say(words)
     for what, learnt in _LEARNT_OTHERWISE.items():
         if count := report[what]:
             say(f"{what}: {count:,} of {report['rows']:,} rows {learnt}")

@@ -26,7 +26,7 @@ COLUMN_NAMES: Mapping[str, str] = {
     "rejected": "the other answer",
     "label": "whether the answer is desirable",
 }
-"""Columns, by our name."""
+"""Columns, by our name. One that is mapped to nothing is not used, though the file has a column of that name."""
 FIELD_NAMES: Mapping[str, str] = {
     "role": "field of a message: who speaks",
     "content": "field of a message: what is said",
@@ -35,7 +35,7 @@ FIELD_NAMES: Mapping[str, str] = {
 }
 """Fields of messages, and words in them, by our name."""
 
-_FILE_NAME = Text(needed=True)
+_FILE_NAME = Text()
 
 Pairs = tuple[tuple[str, str], ...]
 
@@ -49,7 +49,8 @@ class Columns(ValueKind):
         """The table."""
         return (
             'a table from our names to the file\'s columns, such as { prompt = "Frage", completion = "Antwort" }; on '
-            f"one line: prompt=Frage, completion=Antwort. Our names: {', '.join((*COLUMN_NAMES, *FIELD_NAMES))}"
+            "one line: prompt=Frage, completion=Antwort. An empty name uses none. Our names: "
+            f"{', '.join((*COLUMN_NAMES, *FIELD_NAMES))}"
         )
 
     def shaped(self, value: Any) -> Any:
@@ -67,7 +68,10 @@ class Columns(ValueKind):
                 near = difflib.get_close_matches(str(ours), [*COLUMN_NAMES, *FIELD_NAMES], n=1)
                 yield plain(f"the name {ours!r}", limit=100), f"perhaps {near[0]}" if near else self.allowed
             elif any(_FILE_NAME.wrong(column)):
-                yield f"{ours} = {found_value(column)}", "the name of a column of the file"
+                yield f"{ours} = {found_value(column)}", "the name of a column of the file, or nothing"
+            elif not column.strip():
+                if ours in FIELD_NAMES:
+                    yield f"{ours} = {found_value(column)}", "the name of a field, or a word"
             elif column in met:
                 yield plain(f"the column {column!r} twice", limit=100), "one of our names for each column"
             else:

@@ -131,6 +131,8 @@ def data_text(checked: DataChecked) -> Content:
         parts.append(("Enter asks which of them is the prompt and which the answer.", "bold"))
         return Content.assemble(*parts)
     parts.append(f"\n{plain(data.described(), one_line=True) if data.rows else 'no row can be used'}\n")
+    if words := data.beside_words():
+        parts.append(f"{words}\n")
     if facts.rows:
         about = "" if facts.counted else "about "
         how = "" if facts.counted else " (from the characters: this model's tokenizer is not here yet)"

@@ -54,7 +54,7 @@ def test_columns_are_mapped_and_called_as_the_file_calls_them(file: Path, write:
     data = read_data(write(file, GERMAN | {"prompt": "x"}), Reading(columns=NAMED))
     assert data.rows == (talk(*TALK),)
     assert data.described() == "prompt/completion (Frage, Antwort), 1 row"
-    assert data.ignored_columns == ("Nr",)
+    assert data.ignored_columns == ("prompt", "Nr")
     finding = inspect_data(write(file, GERMAN | {"Antwort": 3}), Reading(columns=NAMED)).findings[0]
     assert (finding.field, finding.message) == ("Antwort", "found a number; wanted text")
 
@@ -79,6 +79,27 @@ def test_preferences_labels_and_tools_are_mapped(file: Path) -> None:
     liked = GERMAN | {"gut": True}
     assert read(lines(file, liked), columns=(*NAMED, ("label", "gut")), wants="labels").desirable is True
     assert read(lines(file, GERMAN | {"can": [LOOK]}), columns=(*NAMED, ("tools", "can"))).tools == TOOLS
+
+
+@pytest.mark.parametrize("write", [lines, tables])
+def test_a_column_that_means_something_else_is_mapped_to_nothing(file: Path, write: Any) -> None:
+    row = {"prompt": "Why?", "completion": "Because.", "tools": "hammer", "label": True, "context": "1999"}
+    columns = apply_settings(Recipe(), ["data.columns=tools=,label=,context="]).data.columns
+    data = read_data(write(file, row), Reading(columns=columns))
+    assert data.rows == (talk(*TALK),)
+    assert data.ignored_columns == ("tools", "label", "context")
+    kind = FIELDS["data.columns"].kind
+    assert kind.read(kind.written(columns)) == columns
+
+
+def test_what_is_used_beside_the_texts_is_named(file: Path) -> None:
+    row = {"question": "Why?", "answer": "Because.", "System_Prompt": "Be brief.", "reasoning": "Hm.", "history": []}
+    data = read_data(lines(file, row), Reading(columns=(("system", "System_Prompt"),)))
+    assert data.beside == ("System_Prompt", "reasoning")
+    assert data.beside_words() == "used as well: System_Prompt, reasoning"
+    pair = {"question": "Why?", "prompt": "x", "chosen": "Because.", "rejected": "No idea.", "input": "y"}
+    data = read_data(lines(file, pair), Reading(wants="pairs"))
+    assert (data.beside, data.ignored_columns) == (("prompt",), ("question", "input"))
 
 
 def test_a_mapped_column_that_is_not_there_is_named(file: Path) -> None:
@@ -187,7 +208,7 @@ def test_a_recipe_carries_both_to_the_reading(file: Path) -> None:
     ("word", "expected"),
     [
         ("data.columns=promt=Frage", "the name 'promt'; wanted perhaps prompt"),
-        ("data.columns=prompt=", "prompt = ''; wanted the name of a column"),
+        ("data.columns=role=", "role = ''; wanted the name of a field"),
         ("data.columns=prompt=a,completion=a", "the column 'a' twice"),
         ("data.columns=Frage", "wanted a table from our names to the file's columns"),
     ],

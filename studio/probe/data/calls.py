@@ -15,7 +15,9 @@ from studio.probe.data.rows import Message, ToolCall
 
 _ARGUMENTS = ("arguments", "parameters", "input", "args")
 _WANTED_CALL = "wanted an object with name and arguments, or JSON text of one"
-_WANTED_TOOLS = "wanted a list of tools, or JSON text of one"
+_WANTED_TOOLS = (
+    'wanted a list of tools, or JSON text of one; another meaning of the column: data.columns = { tools = "" }'
+)
 _SCHEMA_WORDS = ("properties", "required", "$ref", "anyOf", "oneOf", "allOf")
 _JSON_TYPES = {
     "str": "string", "string": "string", "int": "integer", "integer": "integer", "float": "number", "number": "number",

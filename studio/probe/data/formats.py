@@ -188,15 +188,36 @@ def known_columns() -> frozenset[str]:
     return frozenset(read | {column for pair in PAIRS for column in pair} | set(PROMPT_COLUMNS) | set(TURN_COLUMNS))
 
 
-def unused_columns(value: Mapping[str, Any], shape: Shape) -> Iterable[str]:
-    """Return the columns of a row that its shape does not use."""
+def beside_columns(value: Mapping[str, Any], shape: Shape) -> Iterable[str]:
+    """Return the columns of a row that are used beside those that its shape needs."""
     if len(value) == len(shape.needed):
         return ()
-    if shape.format == "text":
-        return (key for key in value if key not in shape.columns)
-    paired = PAIR_COLUMNS if any(column in PAIR_COLUMNS for column in shape.needed) else ()
-    used = {*shape.columns, *(BESIDE_COLUMNS if paired else ())}
-    return (key for key in value if key not in used and not (key in LABEL_COLUMNS and isinstance(value[key], bool)))
+    held = [column for column in shape.optional if column in value and filled(value[column])]
+    if is_pair(shape):
+        turns = next((column for column in (*TURN_COLUMNS, *PROMPT_COLUMNS) if column in held), "")
+        asking = (turns, "input") if turns == "instruction" else (turns,)
+        held = [column for column in held if column in asking or column in _BESIDE]
+    labels = [column for column in LABEL_COLUMNS if isinstance(value.get(column), bool)]
+    return held if shape.format == "text" else [*held, *labels]
+
+
+def unused_columns(value: Mapping[str, Any], shape: Shape, used: Iterable[str]) -> Iterable[str]:
+    """Return the columns of a row that say something to nobody.
+
+    Args:
+        value: The row.
+        shape: How it is written.
+        used: What `beside_columns` returned.
+    """
+    if len(value) == len(shape.needed):
+        return ()
+    known = {*shape.needed, *used}
+    return (key for key in value if key not in known and (key not in shape.optional or filled(value[key])))
+
+
+def is_pair(shape: Shape) -> bool:
+    """Return whether rows of a shape are two answers."""
+    return any(column in PAIR_COLUMNS for column in shape.needed)
 
 
 def normalised(value: Mapping[str, Any], shape: Shape, number: int, findings: Findings, how: Reading) -> Row | None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from studio.probe.data.beside import context_of, history_of, system_of
+from studio.probe.data.beside import BESIDE_COLUMNS, context_of, history_of, system_of
 from studio.probe.data.findings import Findings, filled, json_kind
 from studio.probe.data.raw_row import RawRow, Shape
 from studio.probe.data.reading import Reading
@@ -32,6 +32,7 @@ PAIRS = (
 )
 """Columns of the preferred answer and of the other; where messages are the first, they end with the preferred one."""
 PAIR_COLUMNS = tuple(dict.fromkeys(column for pair in PAIRS for column in pair if column not in TURN_COLUMNS))
+_OPTIONAL = (*TURN_COLUMNS, *PROMPT_COLUMNS, *BESIDE_COLUMNS)
 _MARKS = frozenset(rejected for _, rejected in PAIRS)
 _SPEAKER = re.compile(r"\n\n(Human|Assistant): ?")
 _NO_PROMPT = (
@@ -52,7 +53,7 @@ def pair_shape(value: Mapping[str, Any]) -> Shape | None:
         made_of = "chat"
     else:
         made_of = "alpaca" if filled(value.get("instruction")) else "prompt_completion"
-    return Shape(made_of, read_pair, pair, (*PROMPT_COLUMNS, *TURN_COLUMNS))
+    return Shape(made_of, read_pair, pair, _OPTIONAL)
 
 
 def refuse_pair(number: int, findings: Findings, shape: Shape, how: Reading) -> None:

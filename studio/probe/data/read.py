@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,7 +11,7 @@ from studio.core.recipe import DataFormat
 from studio.core.text import plain
 from studio.probe.data.documents import SECTION, sections
 from studio.probe.data.findings import Findings, json_kind
-from studio.probe.data.formats import normalised, recognise, unused_columns
+from studio.probe.data.formats import beside_columns, is_pair, normalised, recognise, unused_columns
 from studio.probe.data.json_rows import json_rows
 from studio.probe.data.meant import DataFiles
 from studio.probe.data.misreads import refuse_media
@@ -19,7 +19,7 @@ from studio.probe.data.named import folded_names, misfit, with_prompt
 from studio.probe.data.opened import Progress, kind_of, opened
 from studio.probe.data.parquet_rows import arrow_rows, parquet_rows
 from studio.probe.data.places import find_files
-from studio.probe.data.preferences import PAIR_COLUMNS, pair_shape, refuse_pair
+from studio.probe.data.preferences import pair_shape, refuse_pair
 from studio.probe.data.raw_row import Shape
 from studio.probe.data.reading import AS_IT_IS, Reading
 from studio.probe.data.row_cache import RowCache
@@ -80,6 +80,7 @@ class _Taken:
     rows: RowWriter
     prompt: PromptWriter | None = None
     shape: Shape | None = None
+    beside: dict[str, None] = field(default_factory=dict)
 
     def take(self, number: int, value: Any) -> None:
         """Normalise one raw row; a section of a long text file is one already."""
@@ -112,13 +113,15 @@ class _Taken:
         if (
             shape is None
             or (pair and pair != shape)
-            or (not pair and _is_pair(shape))
+            or (not pair and is_pair(shape))
             or not value.keys() >= set(shape.needed)
         ):
             self._misfit(number, value, pair)
             return
-        self.findings.leave(map(self.how.key, unused_columns(value, shape)))
+        used = beside_columns(value, shape)
+        self.findings.leave(map(self.how.key, unused_columns(value, shape, used)))
         if row := normalised(value, shape, number, self.findings, self.how):
+            self.beside.update(dict.fromkeys(map(self.how.key, used)))
             self._add(row)
 
     def _add_section(self, section: PlainText) -> None:
@@ -145,9 +148,11 @@ class _Taken:
                 wanted = "wanted every column that it names, or a default: {{ title | default('') }}"
                 self.findings.add("bad_prompt", number, f"found that {wrong}; {wanted}", field="data.prompt")
                 return None
+            self.beside.update(dict.fromkeys(self.prompt.columns or ()))
             value = with_prompt(value, prompt, self.prompt.columns, self.how)
         elif self.shape is None and not self.how.columns:
             self.how = replace(self.how, columns=folded_names(value))
+        self.findings.leave(self.how.displaced(value))
         return self.how.renamed(value)
 
     def _without_pair(self, number: int, value: dict[str, Any]) -> None:
@@ -170,10 +175,6 @@ class _Taken:
             return
         found = f"found {other}; the rows before are {self.shape}. One file holds one format"
         self.findings.add("mixed_formats", number, found)
-
-
-def _is_pair(shape: Shape) -> bool:
-    return any(column in PAIR_COLUMNS for column in shape.needed)
 
 
 def _inspected(path: Path, how: Reading, progress: Progress | None) -> tuple[DataSet, Findings]:
@@ -204,6 +205,7 @@ def _read(place: DataFiles, how: Reading, cache: RowCache, progress: Progress | 
             format=shape.format if shape else "unknown",
             columns=tuple(map(taken.how.key, shape.needed)) if shape else (),
             ignored_columns=findings.unused,
+            beside=tuple(plain(column, one_line=True) for column in taken.beside),
             rows=(),
             findings=findings.kept,
             finding_counts=dict(findings.counts),

@@ -1,7 +1,7 @@
 """How a data file is to be read: what a recipe says of it, and checks without a recipe ask for."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
@@ -81,7 +81,7 @@ class Reading:
 
     def key(self, ours: str) -> str:
         """Return what the file calls a column, a field of messages or a role that we call by this name."""
-        return next((column for name, column in self.columns if name == ours), ours) if self.columns else ours
+        return next((column or ours for name, column in self.columns if name == ours), ours) if self.columns else ours
 
     def in_file(self, field: str) -> str:
         """Return the place of a finding in the file's own words."""
@@ -89,12 +89,17 @@ class Reading:
             return field
         return re.sub(r"(?:^|(?<=, ))\w+", lambda word: self.key(word[0]), field)
 
+    def displaced(self, value: Mapping[str, Any]) -> Iterable[str]:
+        """Return the columns of a row that have one of our names by chance, and give way to what is mapped."""
+        mapped = {column for _, column in self.columns}
+        return (ours for ours, _ in self.columns if ours in value and ours not in mapped and ours not in FIELD_NAMES)
+
     def renamed(self, value: dict[str, Any]) -> dict[str, Any]:
         """Return a row with our names for its columns; a column that has one of our names by chance gives way."""
         ours = {column: name for name, column in self.columns if name not in FIELD_NAMES and column in value}
-        if not ours:
+        taken = {*ours.values(), *(name for name, column in self.columns if not column)}
+        if taken.isdisjoint(value) and not ours:
             return value
-        taken = set(ours.values())
         kept = {name: part for name, part in value.items() if name not in ours and name not in taken}
         return {name: value[column] for column, name in ours.items()} | kept
 

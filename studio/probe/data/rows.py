@@ -246,6 +246,7 @@ class DataSet:
         size_bytes: Size of the file, or of all files.
         files: How many files were read.
         skipped: How many rows are left out because they are wrong, by what is wrong (`data.on_bad_row`).
+        beside: The columns that were used as well, in some rows at least, as the file calls them.
         place_notes: What the user should know of which files were read, in a sentence each.
         word: The word that means exactly these files, see `studio.probe.data.places`.
         commit: Of a data set of the hub, the commit that was read.
@@ -264,6 +265,7 @@ class DataSet:
     files: int = 1
     skipped: Mapping[str, int] = field(default_factory=dict)
     place_notes: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
     word: str = ""
     commit: str = ""
 
@@ -279,6 +281,11 @@ class DataSet:
         if self.parts:
             return f"a mixture of {len(self.parts)} files, {rows}: {'; '.join(self.shares())}"
         return f"{self.format.replace('_', '/')} ({', '.join(self.columns)}), {rows}"
+
+    def beside_words(self) -> str:
+        """Return in words which columns were used as well; empty for none."""
+        named = [plain(column, one_line=True, limit=40) for column in self.beside[:_NAMED_UNUSED]]
+        return f"used as well: {', '.join(named)}" if named else ""
 
     def shares(self) -> tuple[str, ...]:
         """Return in words how much of a mixture each source is: in rows and, where they can be counted, in tokens."""
