@@ -215,10 +215,11 @@ def test_what_is_quantised_already_is_refused(merged: Path, export: Export, tmp_
 def test_an_adapter_goes_out_with_a_card_that_works(
     recipe: Recipe, train: Train, export: Export, tiny: Path, tmp_path: Path
 ) -> None:
-    run = train(recipe)
+    run = train(recipe.with_("data.last_answer_only", True).with_("data.learn", ["answer", "calls"]))
     paths = export(run.adapter, tmp_path / "tuned", "peft", str(run.root))
     assert history_of(paths).finished is not None, history_of(paths).failed
     out = tmp_path / "tuned"
+    assert "of answers only answer and calls, the last of each conversation learnt" in (out / "README.md").read_text()
     for name in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"):
         assert (out / name).read_bytes() == (run.adapter / name).read_bytes()
     text = (out / "README.md").read_text()

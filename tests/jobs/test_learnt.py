@@ -313,6 +313,16 @@ def test_what_splitting_multiplies_is_told() -> None:
     assert f"{sum(lengths)} tokens in place of {max(lengths)} ({times}) for {report.loss_tokens}" in said[0]
 
 
+def test_long_rows_are_rendered_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = byte_tokenizer()
+    row_list = [chat(("user", "q" * 100), ("assistant", str(n) * 50), number=n) for n in range(9)]
+    whole, report, _ = encode(row_list, tokenizer)
+    monkeypatch.setattr("studio.jobs.base.data.rows._MOST_CHARACTERS", 1000)
+    few, same, _ = encode(row_list, tokenizer)
+    assert [example.input_ids.tolist() for example in few] == [example.input_ids.tolist() for example in whole]
+    assert same == report
+
+
 def test_answers_share_an_example_as_long_as_their_prompts_do() -> None:
     """Qwen's templates drop reasoning when the user speaks again, and keep it while tools are called."""
     template = WHOLE.replace(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from studio.core.chat_options import PARTS
 from studio.core.errors import StudioError
 from studio.core.preferences import takes_pairs
 from studio.core.recipe import PLACES, Recipe
@@ -138,7 +139,12 @@ def _figures(training: Training) -> list[str]:
         return []
     rows = [f"- optimizer steps: {history.last_step}"]
     if recipe:
-        learnt = "answers only" if recipe.data.answers_only else "all words"
+        data = recipe.data
+        learnt = "answers only" if data.answers_only else "all words"
+        if data.learn != PARTS:
+            learnt = f"of answers only {' and '.join(data.learn)}"
+        if data.last_answer_only:
+            learnt += ", the last of each conversation"
         if takes_pairs(recipe.train.objective):
             learnt = f"pairs of answers: which one is preferred ({recipe.train.objective}, beta {recipe.train.beta:g})"
         names = ", ".join(word if hub_word(word) else Path(word).name for word in recipe.data.words)

@@ -27,6 +27,8 @@ from studio.jobs.base.data.spelling import Renderer, Wanted
 from studio.jobs.base.data.template import starts_with_bos, with_system_folded
 from studio.probe.data import Conversation, PlainText, Preference, Row
 
+_MOST_CHARACTERS = 2**24
+"""Of rendered texts that are held at a time."""
 _UNFOUND = "its answer is not found in what the chat template writes"
 
 
@@ -200,6 +202,23 @@ class Encoder:
             if match := next(filter(None, (self.special.search(message.content) for message in row.messages)), None):
                 self.report.special += 1
                 self.report.special_token = self.report.special_token or match.group()
+        return [examples for few in self._apart(rows) for examples in self._examples(few)]
+
+    def _apart(self, rows: Sequence[Conversation]) -> Iterator[list[Conversation]]:
+        """Yield rows, so many at a time as are rendered in bounded memory: a row once and twice for each answer."""
+        few, characters = list[Conversation](), 0
+        for row in rows:
+            said = sum(len(turn.words) for turn in row.messages) + len(row.tools)
+            size = said * (1 + 2 * len(self.locator.places(row)))
+            if few and characters + size > _MOST_CHARACTERS:
+                yield few
+                few, characters = [], 0
+            few.append(row)
+            characters += size
+        if few:
+            yield few
+
+    def _examples(self, rows: Sequence[Conversation]) -> list[list[tuple[Ids, Mask]]]:
         located = self._located(rows)
         before = self.labeller.joined
         flat = iter(self.labeller.label([one for found in located for one in found.rendered]))
