@@ -200,14 +200,18 @@ LLAMA = {
     "tie_word_embeddings": False,
 }
 TRACED = [
-    {"train.objective": "dpo", "method": "qlora"},
     {"train.objective": "orpo", "method": "lora", "train.grad_checkpointing": False},
+    {"train.objective": "dpo", "method": "qlora"},
     {"train.objective": "dpo", "method": "lora", "train.loss": "full", "train.accumulation": 2},
     {"train.objective": "dpo", "method": "lora", "adapter.modules_to_save": ("lm_head",)},
 ]
 
 
-@pytest.mark.parametrize("settings", TRACED, ids=lambda s: " ".join(map(str, s.values())))
+@pytest.mark.parametrize(
+    "settings",
+    [TRACED[0], *(pytest.param(settings, marks=pytest.mark.slow) for settings in TRACED[1:])],
+    ids=lambda s: " ".join(map(str, s.values())),
+)
 def test_the_plan_is_the_trace_of_a_pair(settings: dict[str, Any]) -> None:
     """A trace has every byte of a real step, and the plan is within 2 % of it in every stage."""
     small = {"adapter.rank": 4, "train.micro_batch": 1, "train.seq_len": 96, "train.accumulation": 1}
@@ -246,8 +250,14 @@ def evaluations_of(paths: RunPaths) -> list[Evaluated]:
     return [event for event in read_events(paths.events) if isinstance(event, Evaluated)]
 
 
-@pytest.mark.parametrize("packing", ["off", "on"])
-@pytest.mark.parametrize("objective", ["dpo", "orpo"])
+@pytest.mark.parametrize(
+    ("objective", "packing"),
+    [
+        ("dpo", "off"),
+        ("orpo", "on"),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in (("dpo", "on"), ("orpo", "off"))),
+    ],
+)
 def test_a_run_learns_to_prefer(train: Train, pairs: Recipe, objective: str, packing: str) -> None:
     recipe = with_settings(pairs, {"train.objective": objective, "train.packing": packing, "train.steps": 25})
     paths = train(recipe.with_("train.micro_batch", 4).with_("eval.every", 10))
@@ -277,7 +287,14 @@ def test_a_run_learns_to_prefer(train: Train, pairs: Recipe, objective: str, pac
         assert planned.batch_tokens == first.tokens
 
 
-@pytest.mark.parametrize("settings", [{}, {"train.objective": "orpo"}, {"train.packing": "on"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ({"train.objective": "orpo"}, {"train.packing": "on"})),
+    ],
+    ids=str,
+)
 def test_resumed_equals_uninterrupted(
     train: Train, pairs: Recipe, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
@@ -315,6 +332,7 @@ def test_the_base_is_measured_once(train: Train, pairs: Recipe, monkeypatch: pyt
     assert sum(seen) == 2 + 1
 
 
+@pytest.mark.slow
 def test_micro_batches_change_nothing(train: Train, pairs: Recipe) -> None:
     for objective in ("dpo", "orpo"):
         recipe = with_settings(pairs, {"train.objective": objective, "train.micro_batch": 4, "train.steps": 4})
@@ -349,6 +367,7 @@ def test_what_does_not_go_with_an_objective_is_refused(recipe: Recipe, settings:
     assert [problem.path for problem in recipe.problems()] == [field]
 
 
+@pytest.mark.slow
 def test_a_collapse_is_told_in_the_run_once(train: Train, pairs: Recipe) -> None:
     """At a rate far too high both answers of held-out pairs become unlikely."""
     recipe = with_settings(pairs, {"train.learning_rate": 0.2, "train.steps": 12, "eval.every": 3, "train.beta": 0.001})
@@ -356,6 +375,7 @@ def test_a_collapse_is_told_in_the_run_once(train: Train, pairs: Recipe) -> None
     assert told.count("chosen") == 1
 
 
+@pytest.mark.slow
 def test_a_damaged_reference_is_measured_again(train: Train, pairs: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = with_settings(pairs, {"train.steps": 4})
     at_step(monkeypatch, 2, lambda self: request(self.worker.paths, "stop"))
@@ -474,6 +494,7 @@ def test_the_reference_is_the_base_whatever_is_trained(tiny: Path, recipe: Recip
         assert not torch.allclose(batch["figures"][:, 2:4], wanted, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_four_bits_and_16_bit_arithmetic(train: Train, pairs: Recipe) -> None:
     """The base of the reference is the quantised one."""
     recipe = with_settings(pairs, {"method": "qlora", "model.dtype": "bf16", "train.steps": 12})
