@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from studio.core.recipe import Recipe
 from studio.core.shape_from_config import shape_from_config
 from studio.core.vram.estimate import estimate_vram
 from studio.core.vram.setup import setup_of
+from studio.jobs.base.data import encode
 from studio.jobs.base.data.encode import encode_rows
 from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.rows import Encoder, Encoding, Example
@@ -66,7 +68,7 @@ class Stage:
     """A tiny model with an adapter that says something, its pairs, and their reference."""
 
     model: Any
-    pairs: list[Pair]
+    pairs: Sequence[Pair]
 
     def step_model(self, recipe: Recipe) -> StepModel:
         return StepModel(self.model, recipe.train.loss, nullcontext, objective_of(recipe))
@@ -392,7 +394,7 @@ def test_a_damaged_reference_is_measured_again(train: Train, pairs: Recipe, monk
 
 def encoded(
     tiny: Path, rows: list[Preference], seq_len: int = 64, template: str = ""
-) -> tuple[list[Pair], Counter[str]]:
+) -> tuple[Sequence[Pair], Counter[str]]:
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     tokenizer.chat_template = template or tokenizer.chat_template
     left_out: Counter[str] = Counter()
@@ -503,3 +505,28 @@ def test_four_bits_and_16_bit_arithmetic(train: Train, pairs: Recipe) -> None:
     steps = steps_of(paths)
     assert steps[0].loss == pytest.approx(math.log(2), abs=0.02)
     assert steps[-1].loss < 0.5
+
+
+def test_many_pairs_lie_on_disk_and_are_encoded_once(
+    train: Train, pairs: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same run, however its pairs are kept."""
+    monkeypatch.setenv("LORA_STUDIO_HOME", str(tmp_path / "home"))
+    recipe = with_settings(pairs, {"train.steps": 4, "train.micro_batch": 2, "train.group_by_length": True})
+    told = [[step.loss for step in steps_of(train(recipe))]]
+    monkeypatch.setattr(encode, "KEPT_BYTES", 1)
+    sides = Encoder.sides
+    calls: list[int] = []
+
+    def counted(self: Encoder, rows: Any) -> Any:
+        calls.append(len(rows))
+        return sides(self, rows)
+
+    monkeypatch.setattr(Encoder, "sides", counted)
+    for encoded_rows in (5, 0):
+        calls.clear()
+        paths = train(recipe)
+        assert history_of(paths).failed is None, history_of(paths).failed
+        told.append([step.loss for step in steps_of(paths)])
+        assert sum(calls) == encoded_rows
+    assert told[0] == told[1] == told[2]

@@ -15,6 +15,7 @@ import torch
 
 from studio.jobs.base.data.stored_examples import StoredExamples
 from studio.jobs.train.objectives import Batch, Encoded, Objective, sequences
+from studio.jobs.train.objectives.pairs import Pairs
 from studio.jobs.train.objectives.supervised import SUPERVISED
 
 _EARLY_STEPS = 20
@@ -86,6 +87,8 @@ class StepBatches:
         self._examples = examples
         if isinstance(examples, StoredExamples):
             self._lengths = self._tokens = examples.lengths.astype(np.int64)
+        elif isinstance(examples, Pairs):
+            self._lengths, self._tokens = 2 * examples.lengths.max(1), examples.lengths.sum(1)
         else:
             self._lengths = np.array([_padded(example) for example in examples])
             self._tokens = np.array([len(example.input_ids) for example in examples])

@@ -30,6 +30,7 @@ from studio.jobs.train.guards import doubts_about_pairs
 from studio.jobs.train.loop import mean_figures
 from studio.jobs.train.memory import MemoryWatch
 from studio.jobs.train.objectives import FIGURES, Encoded
+from studio.jobs.train.objectives.pairs import Pairs
 from studio.jobs.train.objectives.preference import log_probability_tokens
 from studio.jobs.train.step_model import StepModel, evaluating
 from studio.runs.disk import disk_words, refuses
@@ -296,7 +297,7 @@ def held_out_losses(
 
 def _parts(examples: Sequence[Encoded]) -> Iterator[Sequence[Encoded]]:
     """Yield all examples in memory; those on disk a part at a time."""
-    if isinstance(examples, StoredExamples):
+    if isinstance(examples, StoredExamples | Pairs):
         yield from (examples[start : start + _PART] for start in range(0, len(examples), _PART))
     else:
         yield examples

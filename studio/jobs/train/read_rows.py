@@ -21,7 +21,8 @@ from studio.jobs.base.data.rows import Prompt, sample_prompts
 from studio.jobs.base.data.stored_examples import StoredExamples
 from studio.jobs.base.data.template import ensure_template, say_variables
 from studio.jobs.base.progress import PhaseTeller, heed
-from studio.jobs.train.objectives import Encoded, Objective, sequences
+from studio.jobs.train.objectives import Encoded, Objective
+from studio.jobs.train.objectives.pairs import Pairs
 from studio.probe.data import Row
 from studio.probe.data.mixture import data_of, eval_data_of, fetch_data
 from studio.probe.held_out import hold_out
@@ -115,7 +116,8 @@ def read_rows(
 
     def encoded(rows: Sequence[Row]) -> Sequence[Encoded]:
         examples = objective.encode(rows, tokenizer, recipe, warn=warn, left_out=left_out, progress=tokenised)
-        if isinstance(examples, StoredExamples) and examples.recalled:
+        made = examples.sides if isinstance(examples, Pairs) else examples
+        if isinstance(made, StoredExamples) and made.recalled:
             tell("tokenising the rows", 1.0, "the tokens that an earlier run made of these rows are used")
         return examples
 
@@ -195,12 +197,14 @@ def _warn_of_untrained(worker: Worker, recipe: Recipe, model: PeftModel, tokeniz
 
 
 def _largest_id(examples: Sequence[Encoded]) -> int:
+    if isinstance(examples, Pairs):
+        return _largest_id(examples.sides)
     if isinstance(examples, StoredExamples):
         return examples.largest
     return max(int(example.input_ids.max()) for example in examples)
 
 
 def _most_tokens(examples: Sequence[Encoded]) -> int:
-    if isinstance(examples, StoredExamples):
+    if isinstance(examples, StoredExamples | Pairs):
         return int(examples.lengths.max())
-    return max(len(side.input_ids) for example in examples for side in sequences(example))
+    return max(len(example.input_ids) for example in examples)

@@ -6,7 +6,7 @@ measurement in every step needs, and from the second epoch on fewer. The values 
 run reads them there: measured again, in batches of other rows, they would round otherwise.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import cast
@@ -20,7 +20,7 @@ from studio.core.events import Warned
 from studio.jobs.base.progress import PhaseTeller, heed
 from studio.jobs.train.batches import Batcher
 from studio.jobs.train.objectives import Encoded
-from studio.jobs.train.objectives.pairs import Pair
+from studio.jobs.train.objectives.pairs import Pair, Pairs
 from studio.jobs.train.read_rows import Rows
 from studio.jobs.train.step_model import StepModel, evaluating
 from studio.runs.atomic import write_whole
@@ -28,6 +28,8 @@ from studio.runs.layout import RunPaths
 from studio.runs.worker import Worker
 
 _PHASE = "measuring the base on the pairs"
+_PART = 4096
+"""Pairs that are in memory together, where they lie on disk."""
 
 Values = NDArray[np.float32]
 """Log-probabilities of chosen and rejected answers `[pairs, 2]`, in nats; NaN where they are not known."""
@@ -49,55 +51,52 @@ def with_reference(
     Raises:
         Cancelled: The user asked for an early end.
     """
-    parts = {"train": (rows.train, seen), "held_out": (rows.held_out, range(len(rows.held_out)))}
+    parts = {
+        "train": (rows.train, np.asarray(seen, np.int64)),
+        "held_out": (rows.held_out, np.arange(len(rows.held_out))),
+    }
     kept = _kept(worker.paths)
     values = {
-        name: kept[name] if name in kept and len(kept[name]) == len(pairs) else np.full((len(pairs), 2), np.nan, "f4")
+        name: kept[name].copy()
+        if name in kept and len(kept[name]) == len(pairs)
+        else np.full((len(pairs), 2), np.nan, "f4")
         for name, (pairs, _) in parts.items()
     }
     missing = [
-        (values[name], place, cast(Pair, pairs[place]))
-        for name, (pairs, wanted) in parts.items()
-        for place in wanted
-        if np.isnan(values[name][place]).any()
+        (name, place)
+        for name, (_, wanted) in parts.items()
+        for place in wanted[np.isnan(values[name][wanted]).any(1)].tolist()
     ]
     if missing:
-        _measure(worker, tell, step_model, missing, batcher)
-        try:
-            write_whole(worker.paths.reference, save(values))
-        except OSError as error:
-            message = f"the base's log-probabilities are not kept; a resumed run measures them again: {error}"
-            worker.emit(Warned, topic="disk", message=message)
+        detail, done = f"{len(missing)} pairs, with the adapter switched off", 0
+        tell(_PHASE, 0.0, detail=detail)
+        with evaluating(step_model):
+            for start in range(0, len(missing), _PART):
+                some = missing[start : start + _PART]
+                pairs = [cast(Pair, parts[name][0][place]) for name, place in some]
+                places = {id(pair): at for pair, at in zip(pairs, some, strict=True)}
+                for group in batcher.groups(pairs):
+                    found = step_model.reference(batcher.batch(group)).cpu().numpy()
+                    for pair, value in zip(group, found, strict=True):
+                        name, place = places[id(pair)]
+                        values[name][place] = value
+                    done += len(group)
+                    tell(_PHASE, done / len(missing), detail=detail)
+                    heed(worker, "stopped while the base was measured on the pairs")
+        _keep(worker, values)
     return replace(rows, train=_told(rows.train, values["train"]), held_out=_told(rows.held_out, values["held_out"]))
 
 
-def _measure(
-    worker: Worker,
-    tell: PhaseTeller,
-    step_model: StepModel,
-    missing: Sequence[tuple[Values, int, Pair]],
-    batcher: Batcher,
-) -> None:
-    """Put the missing values into their places."""
-    places = {id(pair): (values, place) for values, place, pair in missing}
-    detail, done = f"{len(missing)} pairs, with the adapter switched off", 0
-    tell(_PHASE, 0.0, detail=detail)
-    with evaluating(step_model):
-        for group in batcher.groups([pair for _, _, pair in missing]):
-            found = step_model.reference(batcher.batch(group)).cpu().numpy()
-            for pair, value in zip(group, found, strict=True):
-                values, place = places[id(pair)]
-                values[place] = value
-            done += len(group)
-            tell(_PHASE, done / len(missing), detail=detail)
-            heed(worker, "stopped while the base was measured on the pairs")
+def _told(pairs: Sequence[Encoded], values: Values) -> Sequence[Encoded]:
+    return Pairs(pairs.sides, values) if isinstance(pairs, Pairs) else pairs
 
 
-def _told(pairs: Sequence[Encoded], values: Values) -> list[Pair]:
-    return [
-        replace(cast(Pair, pair), reference=(float(chosen), float(rejected)))
-        for pair, (chosen, rejected) in zip(pairs, values, strict=True)
-    ]
+def _keep(worker: Worker, values: Mapping[str, Values]) -> None:
+    try:
+        write_whole(worker.paths.reference, save(dict(values)))
+    except OSError as error:
+        message = f"the base's log-probabilities are not kept; a resumed run measures them again: {error}"
+        worker.emit(Warned, topic="disk", message=message)
 
 
 def _kept(paths: RunPaths) -> dict[str, Values]:

@@ -6,15 +6,20 @@ about ids and labels: the rows, tokenizer, chat template and its date, the setti
 
 import inspect
 from array import array
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from studio.core.left_out import LEFT_OUT
 from studio.jobs.base.data.bounded import told_template, written_date
 from studio.jobs.base.data.encode_pool import encoded_chunks
+from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.row_report import RowReport
 from studio.jobs.base.data.rows import Encoder, Encoding, Example
 from studio.jobs.base.data.stored_examples import ExampleWriter, StoredExamples
@@ -53,40 +58,91 @@ def encode_rows(
         JobFailed: No row is left with anything to learn, or the tokenizer cannot say where its tokens stand.
     """
     encoder = Encoder(tokenizer, Encoding(**how))
-    size_bytes = _bytes_of(rows)
-    examples, report = (_kept if size_bytes >= KEPT_BYTES else _in_memory)(rows, size_bytes, encoder, progress)
+    examples, report, _ = _encoded(rows, encoder, "encode", lambda of_row: (of_row, ""), progress)
     report.say(encoder.how.seq_len, tokenizer.eos_token or "", warn)
     if rows and not examples:
         raise report.nothing_left(encoder.how.seq_len)
     return examples, report
 
 
-def _in_memory(
-    rows: Sequence[Row], size_bytes: int, encoder: Encoder, progress: Callable[[float], None] | None
-) -> tuple[Sequence[Example], RowReport]:
-    examples, report = list[Example](), RowReport()
-    for made, became in encoded_chunks(rows, size_bytes, encoder, progress=progress):
-        examples += [example for of_row in made for example in of_row]
-        report.add(became)
-    return examples, report
+def encode_sides(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    how: Encoding,
+    *,
+    warn: Warn,
+    progress: Callable[[float], None] | None = None,
+) -> tuple[Sequence[Example], Counter[str]]:
+    """Return both sides of pairs of answers (chosen, rejected, chosen, and so on), and why others are left out.
+
+    Args:
+        rows: They are `Preference`s.
+        tokenizer: As for `encode_rows`.
+        how: How each side is encoded.
+        warn: As for `encode_rows`.
+        progress: As for `encode_rows`.
+
+    Raises:
+        JobFailed: No pair is left with anything to learn.
+    """
+    encoder = Encoder(tokenizer, how)
+    sides, report, left_out = _encoded(rows, encoder, "sides", _joined, progress)
+    report.say(how.seq_len, tokenizer.eos_token or "", warn)
+    if left_out:
+        reasons = ", ".join(f"{count} {LEFT_OUT[reason]}" for reason, count in left_out.items())
+        warn(f"{left_out.total()} of {len(rows)} pairs are left out: {reasons}.")
+    if rows and not sides:
+        raise report.nothing_left(how.seq_len)
+    return sides, left_out
 
 
-def _kept(
-    rows: Sequence[Row], size_bytes: int, encoder: Encoder, progress: Callable[[float], None] | None
-) -> tuple[Sequence[Example], RowReport]:
-    key = f"tokens-{sum_of_bytes(repr((_sum_of_rows(rows), _sum_of_encoder(encoder))).encode())}"
-    if entry := find_entry(key, (lambda done, total: progress(0.0)) if progress else None):
-        report = RowReport.of(entry.facts["report"])
-        return StoredExamples.opened(entry.folder, largest=entry.facts["largest"], recalled=True), report
-    writer, report = ExampleWriter(lambda: scratch_entry(key, size_bytes)), RowReport()
-    try:
-        for made, became in encoded_chunks(rows, size_bytes, encoder, progress=progress):
+def _joined(sides: tuple[Sequence[Example], Sequence[Example]]) -> tuple[Sequence[Example], str]:
+    """Return the examples of both sides of a pair, or none and the reason why it is left out."""
+    chosen, rejected = sides
+    if not chosen or not rejected:
+        return (), "side_left_out"
+    if len(chosen) > 1 or len(rejected) > 1:
+        return (), "side_split"
+    one, other = (side[0].input_ids[: int(np.argmax(side[0].labels != IGNORED))] for side in sides)
+    return ((), "prompts_differ") if not np.array_equal(one, other) else ((chosen[0], rejected[0]), "")
+
+
+Take = Callable[[Any], tuple[Sequence[Example], str]]
+"""Returns the examples of what an encoder made of a row, and why there are none."""
+Encoded = tuple[Sequence[Example], RowReport, Counter[str]]
+"""Examples, what happened to the rows, and how many are left out for which reason of `Take`."""
+
+
+def _encoded(
+    rows: Sequence[Row], encoder: Encoder, method: str, take: Take, progress: Callable[[float], None] | None
+) -> Encoded:
+    size_bytes = _bytes_of(rows)
+    key = ""
+    if size_bytes >= KEPT_BYTES:
+        key = f"tokens-{sum_of_bytes(repr((_sum_of_rows(rows), _sum_of_encoder(encoder), method)).encode())}"
+        if entry := find_entry(key, (lambda done, total: progress(0.0)) if progress else None):
+            facts = entry.facts
+            kept = StoredExamples.opened(entry.folder, largest=facts["largest"], recalled=True)
+            return kept, RowReport.of(facts["report"]), Counter(facts["left_out"])
+    report, left_out = RowReport(), Counter[str]()
+
+    def examples() -> Iterator[Example]:
+        for made, became in encoded_chunks(rows, size_bytes, encoder, method, progress):
             for of_row in made:
-                for example in of_row:
-                    writer.add(example)
+                found, why = take(of_row)
+                left_out[why] += bool(why)
+                yield from found
             report.add(became)
-        facts = {"report": asdict(report), "largest": writer.largest}
-        return writer.done(lambda folder: keep_entry(key, folder, facts).folder), report
+
+    if not key:
+        return list(examples()), report, +left_out
+    writer = ExampleWriter(lambda: scratch_entry(key, size_bytes))
+    try:
+        for example in examples():
+            writer.add(example)
+        left_out = +left_out
+        facts = {"report": asdict(report), "largest": writer.largest, "left_out": dict(left_out)}
+        return writer.done(lambda folder: keep_entry(key, folder, facts).folder), report, left_out
     finally:
         writer.drop()
 

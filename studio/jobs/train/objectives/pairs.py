@@ -8,18 +8,17 @@ which a side has no labelled token left is left out.
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, Self, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
-from studio.core.left_out import LEFT_OUT
 from studio.jobs.base.data.blocks import Ids
-from studio.jobs.base.data.encode_pool import CHUNK_ROWS
-from studio.jobs.base.data.labels import IGNORED
-from studio.jobs.base.data.row_report import RowReport
-from studio.jobs.base.data.rows import Encoder, Encoding, Example
+from studio.jobs.base.data.encode import encode_sides
+from studio.jobs.base.data.rows import Encoding, Example
+from studio.jobs.base.data.stored_examples import StoredExamples
 from studio.jobs.base.data.template import Warn
-from studio.probe.data import Preference, Row
+from studio.probe.data import Row
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,6 +55,42 @@ class Pair:
         )
 
 
+class Pairs(Sequence[Pair]):
+    """Pairs of which the sequences may lie on disk; each is made when it is asked for.
+
+    Attributes:
+        sides: Chosen and rejected sequences in turns.
+        references: The answers' log-probabilities under the reference `[pairs, 2]`, in nats; None where unknown.
+    """
+
+    def __init__(self, sides: Sequence[Example], references: NDArray[np.float32] | None = None) -> None:
+        """Take the sequences."""
+        self.sides, self.references = sides, references
+        if isinstance(sides, StoredExamples):
+            lengths = sides.lengths.astype(np.int64)
+        else:
+            lengths = np.array([len(side.input_ids) for side in sides], np.int64)
+        self.lengths = lengths.reshape(-1, 2)
+        """Tokens of each sequence, `[pairs, 2]`."""
+
+    def __len__(self) -> int:
+        return len(self.sides) // 2
+
+    @overload
+    def __getitem__(self, place: int) -> Pair: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Pair]: ...
+    def __getitem__(self, place: int | slice) -> Pair | list[Pair]:
+        if isinstance(place, slice):
+            return [self[one] for one in range(*place.indices(len(self)))]
+        place = range(len(self))[place]
+        pair = Pair.of(self.sides[2 * place], self.sides[2 * place + 1])
+        if self.references is None:
+            return pair
+        chosen, rejected = self.references[place].tolist()
+        return replace(pair, reference=(chosen, rejected))
+
+
 def encode_pairs(
     rows: Sequence[Row],
     tokenizer: Any,
@@ -64,7 +99,7 @@ def encode_pairs(
     warn: Warn,
     left_out: Counter[str] | None = None,
     progress: Callable[[float], None] | None = None,
-) -> list[Pair]:
+) -> Pairs:
     """Return rows with a chosen and a rejected answer as pairs.
 
     Args:
@@ -78,38 +113,8 @@ def encode_pairs(
     Raises:
         JobFailed: No pair is left with anything to learn.
     """
-    encoder, report = Encoder(tokenizer, replace(how, answers_only=True)), RowReport()
-    pairs, counts = list[Pair](), Counter[str]()
-    for start in range(0, len(rows), CHUNK_ROWS):
-        chunk = [row for row in rows[start : start + CHUNK_ROWS] if isinstance(row, Preference)]
-        made, became = encoder.sides(chunk)
-        report.add(became)
-        for sides in made:
-            pair, why = _paired(*sides)
-            counts[why] += pair is None
-            pairs += [pair] if pair else []
-        if progress:
-            progress(min(start + CHUNK_ROWS, len(rows)) / len(rows))
-    report.say(how.seq_len, tokenizer.eos_token or "", warn)
-    counts = +counts
-    if counts:
-        reasons = ", ".join(f"{count} {LEFT_OUT[reason]}" for reason, count in counts.items())
-        warn(f"{counts.total()} of {len(rows)} pairs are left out: {reasons}.")
+    how = replace(how, answers_only=True)
+    sides, counts = encode_sides(rows, tokenizer, how, warn=warn, progress=progress)
     if left_out is not None:
         left_out.update(counts)
-    if rows and not pairs:
-        raise report.nothing_left(how.seq_len)
-    return pairs
-
-
-def _paired(chosen: Sequence[Example], rejected: Sequence[Example]) -> tuple[Pair | None, str]:
-    """Return the pair of the examples of both sides, or None and the reason why there is none."""
-    if not chosen or not rejected:
-        return None, "side_left_out"
-    if len(chosen) > 1 or len(rejected) > 1:
-        return None, "side_split"
-    sides = (chosen[0], rejected[0])
-    one, other = (side.input_ids[: int(np.argmax(side.labels != IGNORED))] for side in sides)
-    if not np.array_equal(one, other):
-        return None, "prompts_differ"
-    return Pair.of(*sides), ""
+    return Pairs(sides)

@@ -27,7 +27,7 @@ from studio.jobs.base.data.rows import Encoding, Example
 from studio.jobs.base.data.template import Warn
 from studio.jobs.train.head import TokenLoss
 from studio.jobs.train.objectives import FIGURES, Batch, Objective
-from studio.jobs.train.objectives.pairs import Pair, encode_pairs
+from studio.jobs.train.objectives.pairs import Pair, Pairs, encode_pairs
 from studio.jobs.train.objectives.supervised import collate, pack
 from studio.probe.data import Row
 
@@ -64,7 +64,7 @@ class Preferences:
         warn: Warn,
         left_out: Counter[str] | None = None,
         progress: Callable[[float], None] | None = None,
-    ) -> list[Pair]:
+    ) -> Pairs:
         """Return the rows as pairs of sequences of at most `train.seq_len` tokens each; labels are on the answers."""
         return encode_pairs(rows, tokenizer, Encoding.of(recipe), warn=warn, left_out=left_out, progress=progress)
 
