@@ -12,7 +12,7 @@ import pytest
 
 from studio.core.errors import BadInput
 from studio.probe.data import Reading
-from studio.probe.data.places import absolute_word, find_files, hub_word, known_bytes, same_place
+from studio.probe.data.places import absolute_word, find_files, full_word, hub_word, known_bytes, same_place
 from studio.probe.data.sampled import guess_rows
 from tests.fakes.hub import COMMIT, hub
 from tests.probe.test_data_folders import TWO, parquet, put, rows
@@ -263,6 +263,16 @@ def test_a_disk_without_room(tmp_path: Path, chats: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(hub_data.shutil, "disk_usage", lambda place: type("Usage", (), {"free": 10})())
     with pytest.raises(BadInput, match=r"needs 5\.0 GB on the disk of"):
         hub_data._require_room("owner/chats", 5 * 10**9)
+
+
+def test_a_word_may_say_all_that_a_recipe_says_of_its_place(tmp_path: Path) -> None:
+    how = Reading(config="small", split="test", revision="v2")
+    assert full_word("owner/name", how) == "owner/name#small@v2:test"
+    assert full_word("owner/name:train", how) == "owner/name#small@v2:train"
+    put(tmp_path, {"train.jsonl": rows(1), "test.jsonl": rows(2)})
+    assert full_word(str(tmp_path), Reading(split="test")) == f"{tmp_path}:test"
+    assert full_word(f"{tmp_path}:train", Reading(split="test")) == f"{tmp_path}:train"
+    assert full_word("embedded", Reading()) == "embedded"
 
 
 @pytest.mark.parametrize("word", ["owner/name", "owner/name:test", "owner/name@v1.0", "o/n#a.b@refs/pr/1:x"])

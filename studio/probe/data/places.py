@@ -106,6 +106,13 @@ def same_place(one: str, other: str) -> bool:
     return paths[0].expanduser().absolute() == paths[1].expanduser().absolute()
 
 
+def full_word(word: str, how: Reading) -> str:
+    """Return a word that by itself means what it means read in this way: with configuration, revision and split."""
+    if there := hub_word(word, how):
+        return there.exact(there.wanted.config, there.wanted.split, there.revision)
+    return f"{word}:{how.split}" if how.split and not _folder_of(word) else word
+
+
 def absolute_word(word: str) -> str:
     """Return a word that means the same in any folder: a path made absolute, anything else as it is."""
     if word == EMBEDDED or hub_word(word):

@@ -16,6 +16,8 @@ from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.probe.audit import audit_fields, audit_of_run, data_path
+from studio.probe.data import Reading
+from studio.probe.data.places import full_word
 from studio.runs.layout import RunPaths
 from studio.runs.requests import AuditRequest
 from studio.tui.screens.dialogs import Dialog
@@ -87,7 +89,7 @@ def base_request(recipe: Recipe, said: Mapping[str, str]) -> AuditRequest:
         "base",
         model=recipe.model.base,
         revision=recipe.model.revision,
-        data=data_path(recipe.data.words[0]),
+        data=data_path(full_word(recipe.data.words[0], Reading.of(recipe))),
         format=recipe.data.format,
         **{"seed": recipe.train.seed, "seq_len": recipe.train.seq_len, **audit_fields(said)},
     )
