@@ -167,3 +167,24 @@ def test_short_reading_says_nothing() -> None:
     with WaitLine("reading the data", stream, lambda: 0.0) as told:
         told(1, 2)
     assert stream.getvalue() == ""
+
+
+def test_a_recipe_is_checked_with_all_its_sources(cli: Cli) -> None:
+    write(*({"prompt": f"ask {n}", "completion": f"say {n}"} for n in range(30)))
+    Path("book.txt").write_text("word " * 3000)
+    Path("mix.toml").write_text(
+        "[[data.sources]]\npath = 'rows.jsonl'\nrows = 60\n[[data.sources]]\npath = 'book.txt'\n"
+    )
+    outcome = cli("data", "check", "mix.toml", "--json")
+    assert outcome.code == 0
+    assert outcome.document["rows"] == 61
+    found = [(Path(one["file"]).name, one["format"], one["rows"], one["drawn"]) for one in outcome.document["sources"]]
+    assert found == [("rows.jsonl", "prompt_completion", 30, 60), ("book.txt", "text", 1, 1)]
+    told = cli("data", "check", "mix.toml").out
+    assert "a mixture of 2 files, 61 rows: rows.jsonl 60 of 30 rows, each about 2.0 times (98% of the rows" in told
+    write({"prompt": "ask"})
+    outcome = cli("data", "check", "mix.toml", "--json")
+    assert (outcome.code, outcome.document["ok"]) == (1, False)
+    Path("book.txt").unlink()
+    outcome = cli("data", "check", "mix.toml")
+    assert outcome.code == 2 and "data.sources, source 2: The data file" in outcome.err

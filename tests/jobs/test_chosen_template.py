@@ -177,7 +177,7 @@ def test_tokens_that_the_base_has_never_seen_are_told(
 ) -> None:
     embeddings = torch.ones(300, 8)
     tokenizer = byte_tokenizer()
-    embeddings[tokenizer.convert_tokens_to_ids("<|im_end|>")] = 0
+    embeddings[tokenizer.convert_tokens_to_ids("<|im_end|>")] = 1e-20
     assert untrained_tokens(tokenizer, NAMED["chatml"].text, embeddings) == ["<|im_end|>"]
     made = job.trainable_model
 

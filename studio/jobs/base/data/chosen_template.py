@@ -12,6 +12,10 @@ from studio.jobs.base.data.template import Warn, starts_with_bos
 from studio.probe.named_template import marks_in, refuse_missing
 
 _ASKED, _ANSWERED = "QUESTION", "ANSWER"
+_NEXT_TO_ZERO = 1e-3
+"""Of the largest number that a row of the embeddings has as a rule. Training leaves none so small; an initialisation
+that was never trained is either zero, or cannot be told from what was."""
+_LOOKED_AT = 1000
 _CHAT = [{"role": "user", "content": _ASKED}, {"role": "assistant", "content": _ANSWERED}]
 
 
@@ -58,7 +62,7 @@ def use_template(tokenizer: Any, chosen: NamedTemplate | None, warn: Warn) -> No
 
 
 def untrained_tokens(tokenizer: Any, template: str, embeddings: Any) -> list[str]:
-    """Return the special tokens in a template's text whose embeddings are zero: the base has never seen them.
+    """Return the special tokens in a template's text whose embeddings are next to zero: the base has never seen them.
 
     Args:
         tokenizer: Of the base.
@@ -66,7 +70,12 @@ def untrained_tokens(tokenizer: Any, template: str, embeddings: Any) -> list[str
         embeddings: The input embeddings, `[vocabulary, hidden]`.
     """
     numbers = {mark: tokenizer.convert_tokens_to_ids(mark) for mark in marks_in(template) if _is_token(tokenizer, mark)}
-    return [mark for mark, number in numbers.items() if number < len(embeddings) and not bool(embeddings[number].any())]
+    usual = embeddings[:: max(1, len(embeddings) // _LOOKED_AT)].abs().amax(dim=1).median()
+    return [
+        mark
+        for mark, number in numbers.items()
+        if number < len(embeddings) and bool(embeddings[number].abs().amax() < _NEXT_TO_ZERO * usual)
+    ]
 
 
 def _end(tokenizer: Any, after: str) -> str:
