@@ -106,6 +106,25 @@ def test_method_choices_and_switches(tmp_path: Path) -> None:
     play(story, tmp_path)
 
 
+def test_what_pairs_of_answers_are_learnt_with_is_shown_for_them_alone(tmp_path: Path) -> None:
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        screen = screen_of(app)
+        fields = [screen.query_one(f"#train--{name}", Slider) for name in ("beta", "label_smoothing")]
+        assert not any(field.display for field in fields)
+        screen._form.focus_field("train.objective")
+        await pilot.press("right")
+        assert screen.recipe.train.objective == "dpo"
+        assert all(field.display for field in fields)
+        rate = screen.query_one("#train--learning_rate", Slider)
+        assert rate.note == "dpo: 5e-06", "the recipe's rate is that of supervised training"
+        screen._form.focus_field("train.beta")
+        await pilot.press("right")
+        assert screen.recipe.train.beta == 0.2
+        assert screen.recipe.problems() == ()
+
+    play(story, tmp_path)
+
+
 def test_texts_become_values(tmp_path: Path) -> None:
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         screen = screen_of(app)
