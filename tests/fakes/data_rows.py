@@ -76,6 +76,7 @@ _CALLING = Message("assistant", "", calls=(CALL,))
 _BARE_CALLING = Message("assistant", "", calls=(BARE,))
 _THOUGHT = Message("assistant", "Because.", reasoning="Hm.")
 _DETAIL = [{"begin_offset": 0, "end_offset": 3, "train": False}, {"begin_offset": 4, "end_offset": 7, "train": True}]
+_WHOLE = {"begin_offset": 0, "end_offset": 2, "train": True}
 _PAIR = {"prompt": "Why?", "completion": "Because."}
 _TWO = {"prompt": "Why?", "chosen": "Because.", "rejected": "No idea."}
 _XLAM_TOOLS = [
@@ -238,6 +239,10 @@ GOOD: dict[str, Good] = {
     ),
     "axolotl's train_detail": Good(
         answered(train_detail=_DETAIL), talk(U, Message("assistant", "Because.", spans=((4, 8),)))
+    ),
+    "axolotl's older names": Good(
+        chat(ASKED, OTHER | {"training": False}, NEXT, THEN | {"training_detail": [_WHOLE]}),
+        talk(U, Message("assistant", "No idea.", learnt=False), BYE, SO),
     ),
     "all of it in ranges": Good(
         answered(train_detail=[{"begin_offset": 0, "end_offset": 7, "train": True}]), talk(*TALK)

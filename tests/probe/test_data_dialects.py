@@ -8,7 +8,8 @@ import pytest
 
 from studio.core.errors import BadInput
 from studio.probe.data import Reading, inspect_data, read_data, row_keys, twin_keys
-from tests.fakes.data_rows import ASKED, BAD, GOOD, chat
+from studio.probe.data.lengths import texts_of
+from tests.fakes.data_rows import ASKED, BAD, GOOD, TOOLS, chat
 
 
 def lines(path: Path, *rows: Any) -> Path:
@@ -80,3 +81,13 @@ def test_a_call_is_part_of_what_rows_are_known_by(tmp_path: Path) -> None:
     rows = [chat(ASKED, {"role": "assistant", "content": "", "tool_calls": [call]}) for call in calls]
     first, second = read_data(lines(tmp_path / "rows.jsonl", *rows)).rows
     assert row_keys(first).answer != row_keys(second).answer
+
+
+def test_tools_calls_and_reasoning_count_for_the_length_of_a_row(tmp_path: Path) -> None:
+    plain, thought, calling = (
+        sum(map(len, texts_of(read_data(lines(tmp_path / "rows.jsonl", GOOD[name].row)).rows[0])))
+        for name in ("OpenAI", "reasoning", "LLaMA-Factory's function_call")
+    )
+    assert plain == len("Be brief." + "Why?" + "Because.")
+    assert thought == len("Why?" + "Hm." + chr(10) + "Because.")
+    assert calling == len("Why?" + 'look {"at": "sky"}' + "blue" + "Because." + TOOLS)

@@ -60,8 +60,9 @@ def _longer(row: Row) -> float:
 
 
 def texts_of(row: Row) -> list[str]:
-    """Return the texts of a row."""
-    return [turn.words for turn in row.turns]
+    """Return the texts of a row, and of its tools, which a chat template writes before them."""
+    words = [turn.words for turn in row.turns]
+    return words if isinstance(row, PlainText) or not row.tools else [*words, row.tools]
 
 
 def spread_of(lengths: list[int]) -> dict[str, float] | None:
