@@ -72,7 +72,6 @@ class DataScreen(Screen[None]):
         & #data-note { height: auto; max-height: 4; padding: 0 1; color: $text-warning; display: none; }
         & #data-note.-shown { display: block; }
         & Input { display: none; margin: 0 1; }
-        & Input.-shown { display: block; }
     }
     DataScreen.-wide {
         & #data-views { layout: horizontal; }
@@ -210,8 +209,8 @@ class DataScreen(Screen[None]):
         self._asking = what
         line = self.query_one(Input)
         line.placeholder, line.value = _ASKS[what], self._sought if what == "words" else ""
-        line.set_class(True, "-shown")
-        line.focus()
+        line.display = True
+        self.set_focus(line)  # not focus(): it waits, and keys that were typed at once would miss the line
         self.refresh_bindings()
 
     def action_turn_filter(self) -> None:
@@ -253,7 +252,7 @@ class DataScreen(Screen[None]):
 
     def _end_asking(self) -> None:
         self._asking = ""
-        self.query_one(Input).set_class(False, "-shown")
+        self.query_one(Input).display = False
         self._choose(self.view)
         self.refresh_bindings()
 
@@ -263,7 +262,7 @@ class DataScreen(Screen[None]):
             self.query_one(f"#{key}").set_class(key == view, "-chosen")
         # In a wide terminal the row always has something beside it.
         self.query_one("#facts").set_class(view == "row", "-beside")
-        self.query_one(f"#{view}").focus()
+        self.set_focus(self.query_one(f"#{view}"))
 
     def _open(self, opened: Opened) -> None:
         self._opened = opened
