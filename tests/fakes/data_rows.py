@@ -137,6 +137,7 @@ GOOD: dict[str, Good] = {
         },
         talk(S, U, A, BYE, SO),
     ),
+    "Capybara": Good({"conversation": [{"input": "Why?", "output": "Because."}], "source": "x"}, talk(*TALK)),
     "moss, exchanges with a system": Good(
         {"conversation": [{"system": "Be brief.", "human": "Why?", "assistant": "Because."}]}, talk(S, U, A)
     ),
@@ -174,6 +175,7 @@ GOOD: dict[str, Good] = {
     "Nemotron, input of messages": Good(
         {"input": [ASKED], "output": "Because.", "system_prompt": "Be brief."}, talk(S, U, A), "prompt_completion"
     ),
+    "Firefly": Good({"kind": "x", "input": "Why?", "target": "Because."}, talk(*TALK), "prompt_completion"),
     "aya, FLAN": Good({"inputs": "Why?", "targets": "Because."}, talk(*TALK), "prompt_completion"),
     "prompt and answer": Good({"prompt": "Why?", "answer": "Because."}, talk(*TALK), "prompt_completion"),
     "text to SQL, with its tables": Good(
@@ -441,6 +443,29 @@ GOOD: dict[str, Good] = {
         "chat",
         "pairs",
     ),
+    "UltraFeedback, the whole preferred conversation besides": Good(
+        {
+            "prompt": "Why?",
+            "chosen": [ASKED, ANSWER],
+            "rejected": [ASKED, OTHER],
+            "messages": [ASKED, ANSWER],
+        },
+        preference(U),
+        "chat",
+        "pairs",
+    ),
+    "a history before the answers' own question": Good(
+        {"messages": [ASKED, ANSWER], "chosen": [NEXT, ANSWER], "rejected": [NEXT, OTHER]},
+        preference(U, A, BYE),
+        "chat",
+        "pairs",
+    ),
+    "a system prompt in the prompt alone": Good(
+        {"prompt": [SYSTEM, ASKED], "chosen": [ASKED, ANSWER], "rejected": [ASKED, OTHER]},
+        preference(S, U),
+        "chat",
+        "pairs",
+    ),
     "Intel's orca_dpo_pairs": Good(
         {"system": "Be brief.", "question": "Why?", "chosen": "Because.", "rejected": "No idea."},
         preference(S, U),
@@ -522,6 +547,13 @@ BAD: dict[str, Bad] = {
         _PAIR, "wrong_columns", "", "prompt", "set data.format to", {"format": "chat"}
     ),
     "a prompt alone": Bad({"prompt": "Why?"}, "wrong_columns", "", "the columns prompt", "prompt + completion"),
+    "a dialogue to sum up": Bad(
+        {"dialogue": "A: Why?", "summary": "Because."},
+        "wrong_columns",
+        "",
+        "the columns dialogue, summary",
+        "data.columns",
+    ),
     "a message a row": Bad(ASKED, "wrong_columns", "", "the columns role, content", "all messages of its conversation"),
     "a message of a tree": Bad(
         {"text": "Why?", "role": "prompter", "message_id": "a", "parent_id": None},

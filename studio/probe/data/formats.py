@@ -30,13 +30,14 @@ from studio.probe.data.call_texts import glaive, taken_apart
 from studio.probe.data.calls import calls_of, tools_of
 from studio.probe.data.findings import Findings, filled
 from studio.probe.data.misreads import check_placeholder, refuse_media
-from studio.probe.data.preferences import PAIR_COLUMNS, PAIRS, PROMPT_COLUMNS, TURN_COLUMNS
+from studio.probe.data.preferences import PAIR_COLUMNS, PAIRS, PROMPT_COLUMNS, TURN_COLUMNS, prompt_column
 from studio.probe.data.raw_row import RawRow, Shape, Unusable, json_of
 from studio.probe.data.reading import Reading
 from studio.probe.data.rows import Conversation, Message, PlainText, Preference, Row
 from studio.probe.data.turns import turns_of
 
 _NAMED_SHAPES = 9
+_MAY_BE_TEXT = ("dialog", "dialogue", "turns", "data")
 _BESIDE = frozenset(BESIDE_COLUMNS)
 _TREE = {"message_id", "parent_id"}
 """Columns of data sets that hold a message a row, each with the one that it answers (oasst1)."""
@@ -116,7 +117,7 @@ def _dialogue(row: RawRow) -> list[Message] | Conversation:
 
 _BESIDE_TURNS = tuple(column for column in BESIDE_COLUMNS if column not in CONTEXT_COLUMNS)
 _BESIDE_PAIR = (*BESIDE_COLUMNS, *REASONING_COLUMNS)
-ANSWER_COLUMNS = ("completion", "response", "output", "solution", "answer")
+ANSWER_COLUMNS = ("completion", "response", "output", "solution", "answer", "target")
 PROMPTS = tuple(column for column in PROMPT_COLUMNS if column != "instruction")
 
 # In the order of preference: the published Alpaca files have a `text` column beside instruction and output, ultrachat a
@@ -141,7 +142,7 @@ SHAPES = (
     Shape("prompt_completion", _answers, ("query", "answers"), _BESIDE_PAIR),
     Shape("prompt_completion", _answers, ("question", "answers"), _BESIDE_PAIR),
     Shape("chat", _dialogue, ("chat",), _BESIDE_TURNS),
-    *(Shape("chat", _chat, (column,), _BESIDE_TURNS) for column in ("dialog", "dialogue", "turns")),
+    *(Shape("chat", _chat, (column,), _BESIDE_TURNS) for column in _MAY_BE_TEXT[:3]),
     Shape("text", _plain_text, ("text",)),
     Shape("chat", _chat, ("data",), _BESIDE_TURNS),
 )
@@ -150,6 +151,10 @@ SHAPES = (
 def recognise(columns: Iterable[str], wanted: str = "auto") -> Shape | None:
     """Return the first shape whose needed columns are all there, of the wanted format only unless that is `auto`."""
     there = set(columns)
+    if isinstance(columns, Mapping):  # these names may also hold one text that is no chat: a dialogue to sum up
+        there -= {
+            name for name in _MAY_BE_TEXT if isinstance(columns.get(name), str) and columns[name].lstrip()[:1] != "["
+        }
     return next((s for s in SHAPES if there.issuperset(s.needed) and wanted in ("auto", s.format)), None)
 
 
@@ -194,8 +199,8 @@ def beside_columns(value: Mapping[str, Any], shape: Shape) -> Iterable[str]:
         return ()
     held = [column for column in shape.optional if column in value and filled(value[column])]
     if is_pair(shape):
-        turns = next((column for column in (*TURN_COLUMNS, *PROMPT_COLUMNS) if column in held), "")
-        asking = (turns, "input") if turns == "instruction" else (turns,)
+        prompt = prompt_column(value, shape)
+        asking = (prompt, "input") if prompt == "instruction" else (prompt,)
         held = [column for column in held if column in asking or column in _BESIDE]
     labels = [column for column in LABEL_COLUMNS if isinstance(value.get(column), bool)]
     return held if shape.format == "text" else [*held, *labels]

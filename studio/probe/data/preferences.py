@@ -19,7 +19,7 @@ from studio.probe.data.findings import Findings, filled, json_kind
 from studio.probe.data.raw_row import RawRow, Shape
 from studio.probe.data.reading import Reading
 from studio.probe.data.rows import Message, Preference
-from studio.probe.data.turns import turns_of
+from studio.probe.data.turns import ROLES, SPEAKERS, turns_of
 
 PROMPT_COLUMNS = ("prompt", "question", "instruction", "query", "problem", "input")
 TURN_COLUMNS = ("messages", "conversations", "conversation")
@@ -56,6 +56,19 @@ def pair_shape(value: Mapping[str, Any]) -> Shape | None:
     return Shape(made_of, read_pair, pair, _OPTIONAL)
 
 
+def prompt_column(value: Mapping[str, Any], shape: Shape) -> str:
+    """Return the column that holds what both answers of a row were asked; empty where it stands in them or nowhere."""
+    first = value[shape.needed[0]]
+    begun = isinstance(first, list) and first and isinstance(first[0], dict)
+    if shape.needed[0] in TURN_COLUMNS or (begun and not _answers(first[0])):
+        return ""
+    return next((column for column in (*TURN_COLUMNS, *PROMPT_COLUMNS) if filled(value.get(column))), "")
+
+
+def _answers(turn: Mapping[str, Any]) -> bool:
+    return any(ROLES.get(str(turn.get(key))) == "assistant" for key in SPEAKERS)
+
+
 def refuse_pair(number: int, findings: Findings, shape: Shape, how: Reading) -> None:
     """Refuse a row of two answers where answers alone are learnt."""
     findings.add(
@@ -89,13 +102,15 @@ def read_pair(row: RawRow) -> Preference:
     else:
         asked = _asked(row)
         chosen, rejected = _side(row.value[good], good, row, asked), _side(row.value[bad], bad, row, asked)
+        whole = chosen
         begun, chosen, rejected = _parted(chosen, rejected)
         if not asked and not begun:
             asked, chosen, rejected = _parted_texts(chosen, rejected, row)
-        elif begun and not _repeats(asked, begun):
+        elif begun and _begins(whole, asked):  # the prompt stands in both answers again, as in UltraFeedback
+            system = asked[:1] if asked and asked[0].role == "system" and begun[0].role != "system" else []
+            asked = [*system, *begun]
+        else:
             asked = [*asked, *begun]
-        elif begun:  # the prompt stands in both answers again, as in UltraFeedback
-            asked = begun
     if asked and asked[0].role == "system":
         before = [turn for turn in before if turn.role != "system"]
         asked, before = asked[1:], [asked[0], *before]
@@ -150,10 +165,10 @@ def _parted(chosen: list[Message], rejected: list[Message]) -> tuple[list[Messag
     return chosen[:shared], again + chosen[alike:], again + rejected[alike:]
 
 
-def _repeats(asked: Sequence[Message], begun: Sequence[Message]) -> bool:
-    """Return whether both answers begin with the turns that were asked."""
-    said = [turn for turn in begun if turn.role != "system"]
-    return bool(asked) and [turn for turn in asked if turn.role != "system"] == said[-len(asked) :]
+def _begins(turns: Sequence[Message], asked: Sequence[Message]) -> bool:
+    """Return whether turns begin with those that were asked, system prompts aside."""
+    said, wanted = ([turn for turn in some if turn.role != "system"] for some in (turns, asked))
+    return said[: len(wanted)] == wanted
 
 
 def _parted_texts(
