@@ -311,6 +311,7 @@ def test_what_splitting_multiplies_is_told() -> None:
     assert (report.apart, report.once, report.apart_learnt) == (sum(lengths), max(lengths), report.loss_tokens)
     times = f"{sum(lengths) / max(lengths):.1f} times as many"
     assert f"{sum(lengths)} tokens in place of {max(lengths)} ({times}) for {report.loss_tokens}" in said[0]
+    assert said[0].endswith("; with data.last_answer_only = true it is one pass.")
 
 
 def test_long_rows_are_rendered_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

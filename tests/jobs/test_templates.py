@@ -136,10 +136,8 @@ def test_answers_that_vanish_when_a_row_is_split_are_counted_and_told() -> None:
     examples, report, said = encode([row, late], tokenizer)
     learnt_here = [learnt(example, tokenizer)[0].rpartition("\n")[2] for example in examples]
     assert learnt_here == ["b<|im_end|>", "dd<|im_end|>"]
-    assert (report.split, report.refused, report.examples) == (2, 0, 2)
-    sentence = (
-        "In 2 of them the chat template refuses or leaves out 2 answers, which are not learnt (the first: row 4)."
-    )
+    assert (report.split, report.refused, report.examples, report.lost.rows) == (0, 0, 2, 2)
+    sentence = "In 2 rows the chat template refuses or leaves out 2 answers, which are not learnt (the first: row 4)."
     assert sentence in said
 
 

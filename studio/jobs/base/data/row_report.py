@@ -9,6 +9,9 @@ from studio.core.errors import JobFailed
 from studio.core.text import plain
 from studio.jobs.base.data.template import Warn
 
+_MANY = 3
+"""From so many times the tokens of one pass on, the way out is named: it costs the answers before the last."""
+
 
 @dataclass(slots=True)
 class Missing:
@@ -53,7 +56,7 @@ class RowReport:
         tokens: Tokens of the kept examples.
         loss_tokens: Those with a label.
         longest: Tokens of the longest example before cutting.
-        split: Rows whose answers became examples of their own.
+        split: Rows whose answers became several examples.
         moved: Rows whose answers do not begin where the generation prompt ends.
         stop_added: Rows in which a stop token was added after an answer.
         endless: Rows after whose answer no stop token could be added, because the tokenizer has none.
@@ -66,7 +69,7 @@ class RowReport:
         ended_within: Answers that the template interrupts with the end token.
         mixed: Answers of which only some parts are to be learnt, and the parts cannot be told apart.
         joined: Answers whose first token holds characters of the prompt.
-        lost: Answers of split rows that the template refuses or does not write.
+        lost: Answers that the template refuses or does not write, of rows that have others.
         unseen: Messages and reasoning that stand in none of the examples made of their row.
         long_texts: Plain texts that are longer than a row.
         blocks: Examples that were made of them.
@@ -135,10 +138,10 @@ class RowReport:
         said = {
             f"The chat template knows no system prompt: in {self.folded} rows it was put before the user's first "
             "words.": self.folded,
-            f"The chat template rewrites earlier turns: in {self.split} rows each answer became an example of its "
+            f"The chat template rewrites earlier turns: in {self.split} rows answers became examples of their "
             f"own{self._cost()}.": self.split,
-            f"In {self.lost.rows} of them the chat template refuses or leaves out {self.lost.counts['answers']} "
-            f"answers, which are not learnt (the first: row {self.lost.first}).": self.lost.rows,
+            f"In {self.lost.rows} rows the chat template refuses or leaves out {self.lost.counts['answers']} answers, "
+            f"which are not learnt (the first: row {self.lost.first}).": self.lost.rows,
             f"The chat template leaves out parts of {self.unseen.rows} rows, which the model does not see: "
             f"{self.unseen} (the first: row {self.unseen.first}).": self.unseen.rows,
             f"In {self.moved} rows the chat template leaves out what its generation prompt opens with (reasoning, as a "
@@ -171,7 +174,10 @@ class RowReport:
         if self.apart <= self.once:
             return ""
         times = f"{self.apart / self.once:.1f} times as many"
-        return f": {self.apart} tokens in place of {self.once} ({times}) for {self.apart_learnt} that are learnt"
+        advice = "; with data.last_answer_only = true it is one pass" if self.apart > _MANY * self.once else ""
+        return (
+            f": {self.apart} tokens in place of {self.once} ({times}) for {self.apart_learnt} that are learnt{advice}"
+        )
 
     def nothing_left(self, seq_len: int) -> JobFailed:
         """Return the error for data of which no row can be trained on."""

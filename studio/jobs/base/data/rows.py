@@ -225,7 +225,7 @@ class Encoder:
         made = []
         for found in located:
             examples = [example for _ in found.rendered for example in next(flat)]
-            self.report.split += len(examples) + found.lost > 1
+            self.report.split += len(examples) > 1
             if len(examples) > 1:
                 self.report.once += max(len(ids) for ids, _ in examples)
                 self.report.apart += sum(len(ids) for ids, _ in examples)

@@ -29,12 +29,12 @@ def missing(row: Conversation, texts: Sequence[str], said: Mapping[int, str]) ->
     for place, text in said.items():
         turn = row.messages[place]
         counts.update(_absent(list(_pieces(turn)), [text]))
-        counts["calls"] += sum(not _called(call, text) for call in turn.calls)
+        counts["calls"] += _uncalled(turn.calls, text)
     others = [turn for place, turn in enumerate(row.messages) if place not in said]
     counts.update(_absent([piece for turn in others for piece in _pieces(turn) if piece[0] != "reasoning"], texts))
     if row.tools or any(turn.calls for turn in others):
         whole = "\n".join(texts)
-        counts["calls"] += sum(not _called(call, whole) for turn in others for call in turn.calls)
+        counts["calls"] += _uncalled([call for turn in others for call in turn.calls], whole)
         counts["tools"] = sum(name not in whole for name in _names(row.tools))
     return +counts
 
@@ -56,10 +56,13 @@ def _absent(pieces: Sequence[tuple[str, str]], texts: Sequence[str]) -> Counter[
     return Counter(pieces[place][0] for place in absent)
 
 
-def _called(call: ToolCall, text: str) -> bool:
-    """Return whether a call's name and all that its arguments say stand in a text."""
-    bare = "".join(text.split())
-    return call.name in text and all(_written(value, text, bare) for value in _values(json.loads(call.arguments)))
+def _uncalled(calls: Sequence[ToolCall], text: str) -> int:
+    """Return how many calls do not stand in a text with their name and all that their arguments say."""
+    bare = "".join(text.split()) if calls else ""
+    return sum(
+        call.name not in text or not all(_written(value, text, bare) for value in _values(json.loads(call.arguments)))
+        for call in calls
+    )
 
 
 def _pieces(turn: Message) -> Iterator[tuple[str, str]]:

@@ -67,11 +67,6 @@ class Located:
     lost: int = 0
     mixed: int = 0
 
-    @property
-    def split(self) -> bool:
-        """Whether the answers do not all stand in one text."""
-        return len(self.rendered) + self.lost > 1
-
 
 @dataclass(frozen=True, slots=True)
 class _Found:
