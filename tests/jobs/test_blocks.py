@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from studio.core.events import Warned
 from studio.core.recipe import Recipe
+from studio.jobs.audit.rows import read_audit_rows
 from studio.jobs.base.data.blocks import start_of
 from studio.jobs.base.data.encode import encode_rows
 from studio.jobs.base.data.labels import IGNORED
@@ -28,6 +29,7 @@ from studio.probe.embedded_model import find_embedded
 from studio.probe.resume import check_resume
 from studio.runs.held_out import read_record
 from studio.runs.log import read_events
+from studio.runs.requests import AuditRequest
 from tests.fakes.tokenizers import byte_tokenizer, chat, metaspace_tokenizer, qwen_folder, sentencepiece_folder
 from tests.jobs.conftest import Train, history_of
 
@@ -222,3 +224,13 @@ def test_memory_is_bounded_for_a_large_document() -> None:
         peaks.append(process.memory_info().rss)
     assert tokens > 2_000_000
     assert max(peaks[8:]) - max(peaks[:5]) < 64 * 2**20
+
+
+def test_an_audit_of_one_document_rests_on_its_blocks(tmp_path: Path) -> None:
+    path = tmp_path / "book.jsonl"
+    path.write_text(json.dumps({"text": " ".join(f"chapter {number}: nothing happened." for number in range(300))}))
+    request = AuditRequest("base", model="tiny", data=str(path), rows=5, seq_len=64)
+    found = read_audit_rows(request, byte_tokenizer(), print)
+    assert len(found.task) > 50 and found.answers == len(found.task)
+    path.write_text("\n".join(json.dumps({"prompt": f"ask {n}", "completion": "yes"}) for n in range(9)))
+    assert read_audit_rows(request, byte_tokenizer(), print).answers == 1

@@ -14,7 +14,7 @@ from studio.jobs.base.data.encode import encode_rows
 from studio.jobs.base.data.rows import Encoding, Example
 from studio.jobs.base.data.template import Warn, ensure_template
 from studio.probe.audit import rows_to_measure
-from studio.probe.data import different_answers
+from studio.probe.data import PlainText, different_answers
 from studio.probe.held_out import RowsToMeasure
 from studio.runs.requests import AuditRequest
 
@@ -45,8 +45,10 @@ class AuditRows:
 
     @property
     def answers(self) -> int:
-        """How many different answers the task rows have."""
-        return different_answers(self.found.rows)
+        """How many different answers the task rows have; the blocks of a text differ."""
+        rows = self.found.rows
+        more = len(self.task) - len(rows) if any(isinstance(row, PlainText) for row in rows) else 0
+        return different_answers(rows) + max(0, more)
 
     def told(self) -> dict[str, Any]:
         """Return facts on the rows for the report: how many of how many held out, which ones, and notes."""
