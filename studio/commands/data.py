@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from studio.commands.terminal import DONE, NO, WaitLine, say, write_json
 from studio.core.errors import BadInput
 from studio.core.recipe import Recipe, choices_of
 from studio.core.text import plain
-from studio.probe.data import Conversation, DataSet, Finding, PlainText, Preference, Reading, inspect_data
+from studio.probe.data import Conversation, DataSet, Finding, PlainText, Preference, Reading, Row, inspect_data
 from studio.probe.data.lengths import spread_of, texts_of, token_lengths
 from studio.probe.data.mixture import data_of
 from studio.probe.embedded_model import unpack_embedded
@@ -105,9 +106,15 @@ def run(args: argparse.Namespace) -> int:
             recipe = None
     base = args.model or (recipe.model.base if recipe else "")
     advice = _advice(recipe, base, data) if base else ""
-    tokens = token_lengths(data.rows, args.model) if args.model else None
-    long_rows = _longer(data.rows, tokens, args.seq) if tokens is not None and args.seq else []
-    report = {**_report(data, tokens, long_rows), "advice": advice or None}
+    with WaitLine("counting tokens", sys.stderr) as told:
+        tokens = token_lengths(data.rows, args.model, told) if args.model else None
+    long_places = [place for place, length in enumerate(tokens or ()) if args.seq and length > args.seq]
+    report = {
+        **_report(data, tokens, _longer(data.rows, tokens or [], long_places, args.seq)),
+        "advice": advice or None,
+    }
+    if long_places:
+        report["counts"]["longer_than_seq"] = len(long_places)
     if args.json:
         write_json(report)
     else:
@@ -131,7 +138,8 @@ def _make_loadable(model: str) -> None:
         unpack_embedded()
 
 
-def _longer(rows: Any, tokens: list[int], seq: int) -> list[Finding]:
+def _longer(rows: Sequence[Row], tokens: list[int], places: list[int], seq: int) -> list[Finding]:
+    """Return a finding for each of the first rows that are too long."""
     told = (
         f"tokens of text; {seq} are kept with the chat template's own, which are not counted here, the rest is cut off"
     )
@@ -141,13 +149,16 @@ def _longer(rows: Any, tokens: list[int], seq: int) -> list[Finding]:
             *("longer_than_seq", row.number, "", f"{length} {blocks if isinstance(row, PlainText) else told}"),
             fatal=False,
         )
-        for row, length in zip(rows, tokens, strict=True)
-        if length > seq
+        for row, length in ((rows[place], tokens[place]) for place in places[:_LISTED_LONG_ROWS])
     ]
 
 
 def _report(data: DataSet, tokens: list[int] | None, long_rows: list[Finding]) -> dict[str, Any]:
-    counts = dict(data.finding_counts) | ({"longer_than_seq": len(long_rows)} if long_rows else {})
+    characters, preferences, labels = list[int](), 0, 0
+    for row in data.rows:
+        characters.append(sum(map(len, texts_of(row))))
+        preferences += isinstance(row, Preference)
+        labels += isinstance(row, Conversation) and row.desirable is not None
     return {
         "file": str(data.path),
         "ok": bool(data.rows) and not any(finding.fatal for finding in data.findings),
@@ -156,8 +167,8 @@ def _report(data: DataSet, tokens: list[int] | None, long_rows: list[Finding]) -
         "columns_beside": list(data.beside),
         "ignored_columns": list(data.ignored_columns),
         "rows": len(data.rows),
-        "preferences": sum(isinstance(row, Preference) for row in data.rows),
-        "labels": sum(isinstance(row, Conversation) and row.desirable is not None for row in data.rows),
+        "preferences": preferences,
+        "labels": labels,
         "left_out": data.left_out,
         "size_bytes": data.size_bytes,
         "files": data.files,
@@ -171,10 +182,10 @@ def _report(data: DataSet, tokens: list[int] | None, long_rows: list[Finding]) -
             }
             for part in data.parts
         ],
-        "findings": [asdict(finding) for finding in (*data.findings, *long_rows[:_LISTED_LONG_ROWS])],
-        "counts": counts,
+        "findings": [asdict(finding) for finding in (*data.findings, *long_rows)],
+        "counts": dict(data.finding_counts),
         "lengths": {
-            "characters": spread_of([sum(map(len, texts_of(row))) for row in data.rows]),
+            "characters": spread_of(characters),
             "tokens": spread_of(tokens) if tokens is not None else None,
         },
     }

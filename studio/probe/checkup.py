@@ -21,6 +21,7 @@ from studio.probe.device import MASK, Place, Sight, place_of
 from studio.probe.embedded_model import find_embedded
 from studio.probe.machine import Machine
 from studio.probe.torch_cards import ask_torch, driver_words, serves, torch_build, why_unusable
+from studio.runs.data_cache import MOST_BYTES, data_cache, kept_bytes
 from studio.runs.store import left_over
 
 Verdict = Literal["ok", "note", "problem"]
@@ -82,6 +83,7 @@ def check_up(machine: Machine, runs_root: Path) -> list[Check]:
         _memory(machine),
         _disk(machine, runs_root),
         _runs(runs_root),
+        _data_cache(),
         *(Check("left over", "note", left.words, left.advice) for left in left_over(runs_root)),
         _embedded(),
     ]
@@ -261,6 +263,12 @@ def _runs(runs_root: Path) -> Check:
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         return Check("runs", "problem", f"{shown} cannot be written", "choose another place with --runs-dir")
     return Check("runs", "ok", shown if place == runs_root.absolute() else f"{shown} (made by the first run)")
+
+
+def _data_cache() -> Check:
+    size_bytes, folder = kept_bytes(), plain(str(data_cache()), one_line=True)
+    found = f"{size_bytes / 1e9:.1f} of at most {MOST_BYTES / 1e9:.0f} GB: rows and tokens of large files, in {folder}"
+    return Check("data cache", "ok", found if size_bytes else "empty")
 
 
 def _embedded() -> Check:

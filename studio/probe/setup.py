@@ -1,7 +1,9 @@
 """The guided set-up without its screens: the answers, what follows from them on this machine, where they are kept."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -211,8 +213,12 @@ def _facts(path: str, data: DataSet, base: str) -> DataFacts:
 
     The model's chat template is not applied: it is a program by strangers, and runs only in jobs, within limits.
     """
-    rows, pairs = list(_sequences(data.rows)), bool(data.rows) and isinstance(data.rows[0], Preference)
-    characters = [sum(map(len, texts_of(row))) for row in rows]
+    pairs = bool(data.rows) and isinstance(data.rows[0], Preference)
+    characters, rows_of = array("q"), array("q")
+    for place, row in enumerate(data.rows):
+        for one in _sequences(row):
+            characters.append(sum(map(len, texts_of(one))))
+            rows_of.append(place)
     if not characters:
         return DataFacts(path, 0, 0, 0)
     text = data.format == "text"
@@ -220,7 +226,7 @@ def _facts(path: str, data: DataSet, base: str) -> DataFacts:
     longest = sorted(range(len(characters)), key=characters.__getitem__)[-_LONGEST_COUNTED:]
     chosen = list(range(0, len(characters), every))
     try:
-        counted = estimated_tokens([rows[place] for place in (*chosen, *longest)], base)
+        counted = estimated_tokens([_sequence(data.rows, rows_of, place) for place in (*chosen, *longest)], base)
     except BadInput:
         most = int(max(characters) / _CHARACTERS_PER_TOKEN)
         total = int(sum(characters) / _CHARACTERS_PER_TOKEN)
@@ -229,10 +235,15 @@ def _facts(path: str, data: DataSet, base: str) -> DataFacts:
     return DataFacts(path, len(data.rows), int(share * sum(characters)), max(counted), pairs=pairs, text=text)
 
 
-def _sequences(rows: Sequence[Row]) -> Iterator[Row]:
-    """Yield each row that goes through a model: of a pair of answers both sides."""
-    for row in rows:
-        yield from row.sides if isinstance(row, Preference) else (row,)
+def _sequences(row: Row) -> tuple[Row, ...]:
+    """Return what goes through a model of a row: of a pair of answers both sides."""
+    return row.sides if isinstance(row, Preference) else (row,)
+
+
+def _sequence(rows: Sequence[Row], rows_of: Sequence[int], place: int) -> Row:
+    """Return the sequence at a place among those of all rows; `rows_of` says which row each is of."""
+    found = _sequences(rows[rows_of[place]])
+    return found[place - bisect_left(rows_of, rows_of[place])]
 
 
 def _sound_answers(table: Mapping[str, Any]) -> Answers:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -152,9 +153,11 @@ def test_other_processes_tell_the_template_the_same(several: None) -> None:
 
 
 def children() -> list[psutil.Process]:
-    return [
-        child for child in psutil.Process().children(recursive=True) if "encode_worker" in " ".join(child.cmdline())
-    ]
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # ended just now
+            found += [child] if "encode_worker" in " ".join(child.cmdline()) else []
+    return found
 
 
 def test_pairs_have_both_sides_in_other_processes_too(several: None) -> None:
