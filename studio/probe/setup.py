@@ -19,6 +19,7 @@ from studio.core.shape import ModelShape
 from studio.core.text import plain
 from studio.probe.data import DataSet, Finding, Preference, Reading, Row, first_row, inspect_data
 from studio.probe.data.chosen_files import holds_rows
+from studio.probe.data.formats import UnknownColumns
 from studio.probe.data.lengths import estimated_tokens, texts_of
 from studio.probe.data.opened import Progress
 from studio.probe.data.places import absolute_word, is_saved
@@ -134,10 +135,8 @@ def check_data(word: str, base: str, columns: Pairs = (), progress: Progress | N
         if "preference_pair" in data.finding_counts:  # two answers, of which one is preferred: these can be learnt, too
             data = inspect_data(path, Reading(columns=columns, wants="pairs"), progress=progress)
         unknown = _unknown_columns(path) if not data.rows and "wrong_columns" in data.finding_counts else ()
-    except BadInput as error:
+    except UnknownColumns as error:
         unknown = _unknown_columns(path)
-        if not unknown:
-            raise
         finding = Finding("wrong_columns", 1, "", str(error), fatal=True)
         data = DataSet(path, "unknown", (), (), (), (finding,), {finding.kind: 1}, 0)
     facts = _facts(absolute_word(str(path)), data, base)

@@ -101,6 +101,7 @@ def test_a_file_may_be_plain_text_and_the_user_may_go_back(tmp_path: Path) -> No
     play_setup(story, tmp_path, finding(told, files=(path,)))
 
 
+@pytest.mark.slow
 def test_another_file_forgets_the_columns(tmp_path: Path) -> None:
     path, other, told = lines(tmp_path / "rows.jsonl", ROW), tmp_path / "other.jsonl", Told()
     other.write_text('{"prompt": "a", "completion": "b"}\n' * 30)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from studio.core.errors import BadInput
 from studio.core.text import plain
 from studio.probe.data.beside import (
     BESIDE_COLUMNS,
@@ -35,6 +36,11 @@ from studio.probe.data.raw_row import RawRow, Shape, Unusable, json_of
 from studio.probe.data.reading import Reading
 from studio.probe.data.rows import Conversation, Message, PlainText, Preference, Row
 from studio.probe.data.turns import turns_of
+
+
+class UnknownColumns(BadInput):
+    """A table has no column that is known."""
+
 
 _NAMED_SHAPES = 9
 _MAY_BE_TEXT = ("dialog", "dialogue", "turns", "data")

@@ -17,7 +17,7 @@ from studio.core.errors import BadInput
 from studio.core.text import plain
 from studio.probe.data.arrow_parts import ARROW_MAGIC, part_sizes
 from studio.probe.data.beside import LABEL_COLUMNS
-from studio.probe.data.formats import wrong_columns
+from studio.probe.data.formats import UnknownColumns, wrong_columns
 from studio.probe.data.misreads import MEDIA_COLUMNS
 from studio.probe.data.named import read_columns
 from studio.probe.data.opened import MAX_LINE_BYTES, Progress
@@ -138,7 +138,7 @@ class _Columns:
         flat = {field.name for field in schema if not pa.types.is_nested(field.type)}
         known = read_columns(columns, how, flat)
         if not set(known).difference(LABEL_COLUMNS):
-            raise BadInput(f"{name}: {wrong_columns(columns)}")
+            raise UnknownColumns(f"{name}: {wrong_columns(columns)}")
         if len(set(columns)) < len(columns):
             twice = next(column for place, column in enumerate(columns) if column in columns[:place])
             raise BadInput(f"{name}: the column '{plain(twice, one_line=True, limit=40)}' stands twice.")
