@@ -67,5 +67,7 @@ def test_check_set_up_and_start_say_it_alike(
     assert json.loads(capsys.readouterr().out)["advice"] == told
     assert main(["data", "check", str(path), "--model", str(reasoning)]) == 0
     assert capsys.readouterr().out.count(told) == 1
+    assert main(["data", "show", str(path), "--model", str(reasoning), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["notes"].count(told) == 1
     off = recipe.with_("data.template_kwargs", {"enable_thinking": False})
     assert not any("reasons before" in note for note in check_training(off).notes)

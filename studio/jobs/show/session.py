@@ -31,6 +31,7 @@ from studio.probe.held_out import hold_out
 from studio.probe.hub import download_tokenizer
 from studio.probe.models import find_base
 from studio.probe.named_template import template_of
+from studio.probe.reasoning_advice import advice_of
 from studio.runs.held_out import HeldOutRecord, read_record
 from studio.runs.identity import first_date
 from studio.runs.layout import RunPaths
@@ -99,7 +100,8 @@ class Session:
 
         told = [0.0]
         data = data_of(recipe, read=inspect_data, progress=read)
-        notes = list(data.notes())
+        folder = find_base(recipe.model.base, recipe.model.revision).path
+        notes = [*data.notes(), *filter(None, (advice_of(recipe, folder, data.rows),))]
         self._rows, self._held, more = _held_out(recipe, data, self._run)
         said = list[str]()
         if data.format != "text":
