@@ -63,9 +63,10 @@ def _resolved(word: Any, folders: Iterable[Path]) -> Any:
         return word
     given = Path(word).expanduser() if word.startswith("~") else Path(word)
     found = next((str((folder / given).resolve()) for folder in folders if _exists(folder / given)), word)
-    head, colon, split = word.rpartition(":")
-    if found == word and colon and (inside := _resolved(head, folders)) != head:
-        return f"{inside}:{split}"  # a folder of data, and which split of it
+    for mark in ":#" if found == word else "":  # a folder of data, and which split or configuration of it
+        head, there, part = word.rpartition(mark)
+        if there and (inside := _resolved(head, folders)) != head:
+            return f"{inside}{mark}{part}"
     return found
 
 

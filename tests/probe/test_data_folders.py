@@ -93,6 +93,10 @@ GOOD: dict[str, tuple[Files, Reading, list[int]]] = {
     "a card with a default": (
         {**TWO_FILES, "README.md": TWO.replace(b"data_dir: long", b"data_dir: long\n  default: true")}, Reading(), [4]
     ),
+    "a folder as configuration": ({"a/train.jsonl": rows(1), "b/train.jsonl": rows(2)}, Reading(config="b"), [2]),
+    "what datasets uploaded": (
+        {"data/train-00000-of-00001.jsonl": rows(1), "all.csv": b"x", "data/more.jsonl": rows(2)}, Reading(), [1]
+    ),
     "a card that is no YAML": ({"README.md": b"---\nconfigs:\n- {[\n---\n", "a.jsonl": rows(1)}, Reading(), [1]),
     "a card that is a bomb": (
         {"README.md": card("- &a [x]\n- &b [*a, *a]\n- [*b, *b]\n"), "a.jsonl": rows(1)}, Reading(), [1]
@@ -124,6 +128,14 @@ def test_the_split_may_stand_behind_the_folder(tmp_path: Path) -> None:
     data = read_data(Path(f"{tmp_path / 'data'}:test"))
     assert [row.answer for row in data.rows] == ["3"]
     assert read_data(Path(data.word)).rows[0].answer == "3"
+
+
+def test_the_configuration_may_stand_behind_the_folder_too(tmp_path: Path) -> None:
+    put(tmp_path / "data", TWO_FILES)
+    data = read_data(tmp_path / "data", Reading(config="short", split="test_sft"))
+    assert data.word == f"{tmp_path / 'data'}#short:test_sft"
+    assert [row.answer for row in read_data(Path(data.word)).rows] == ["2"]
+    assert read_data(tmp_path / "data", Reading(config="long")).word == f"{tmp_path / 'data'}#long"
 
 
 def test_a_folder_of_texts_is_one_document_for_each_file(tmp_path: Path) -> None:
@@ -175,7 +187,7 @@ BAD: dict[str, tuple[Files, Reading, str]] = {
         {"data/a-00000-of-00001.jsonl": rows(1), "data/b-00000-of-00001.jsonl": rows(2)}, Reading(),
         'say which one is meant, with data.split = "a", or "all"',
     ),
-    "no configurations": (SPLITS, Reading(config="short"), "has no configurations; leave data.config empty"),
+    "no configurations": (SPLITS, Reading(config="short"), "has no configurations, and no folder short"),
     "which configuration": (
         TWO_FILES, Reading(), 'has the configurations short, long: say which one is meant, with data.config = "short"'
     ),
@@ -250,6 +262,50 @@ def test_folders_that_datasets_saves(tmp_path: Path) -> None:
     assert [row.answer for row in read_data(tmp_path / "both", Reading(split="held")).rows] == both["held"][
         "completion"
     ]
+
+
+PUBLISHED: dict[str, tuple[list[str], Wanted, list[str] | str]] = {
+    "instructions in one file": (
+        ["README.md", ".gitattributes", "databricks-dolly-15k.jsonl"], Wanted(), ["databricks-dolly-15k.jsonl"]
+    ),
+    "a checksum in the name": (
+        ["data/train-00000-of-00001-a09b74b3ef9c3b56.parquet", "README.md"], Wanted(),
+        ["data/train-00000-of-00001-a09b74b3ef9c3b56.parquet"],
+    ),
+    "two files and pictures": (
+        ["1M-A.parquet", "3_5M-B.parquet", "logo.png"], Wanted(), ["1M-A.parquet", "3_5M-B.parquet"]
+    ),
+    "trees beside the upload": (
+        ["data/train-00000-of-00001.parquet", "data/validation-00000-of-00001.parquet", "all.trees.jsonl.gz",
+         "ready.trees.jsonl.gz", "all.messages.jsonl.gz"], Wanted(), ["data/train-00000-of-00001.parquet"],
+    ),
+    "a split at the end of a name": (
+        ["best_replies_eval.jsonl", "best_replies_train.jsonl"], Wanted(), ["best_replies_train.jsonl"]
+    ),
+    "folders of parts": (
+        ["harmless/test.jsonl.gz", "harmless/train.jsonl.gz", "helpful/train.jsonl.gz", "red/attempts.jsonl.gz"],
+        Wanted(), ["harmless/train.jsonl.gz", "helpful/train.jsonl.gz"],
+    ),
+    "one of these folders": (
+        ["harmless/test.jsonl.gz", "harmless/train.jsonl.gz", "helpful/train.jsonl.gz"], Wanted("harmless", "test"),
+        ["harmless/test.jsonl.gz"],
+    ),
+    "two kinds of training": (
+        ["data/train_sft-00000-of-00001.parquet", "data/train_gen-00000-of-00001.parquet"], Wanted(),
+        "has the splits train_gen, train_sft: say which one is meant",
+    ),
+    "only a card": (["README.md", "LICENSE.txt"], Wanted(), "holds no file of rows or text"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PUBLISHED)
+def test_data_sets_of_the_hub_as_they_are_laid_out(case: str) -> None:
+    names, wanted, found = PUBLISHED[case]
+    if isinstance(found, str):
+        with pytest.raises(BadInput, match=found):
+            choose(names, NOTHING_SAID, wanted, "It", strict=False)
+    else:
+        assert list(choose(names, NOTHING_SAID, wanted, "It", strict=False).names) == found
 
 
 LAYOUTS: dict[str, list[str]] = {

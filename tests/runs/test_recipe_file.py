@@ -130,6 +130,7 @@ def test_relative_paths_are_meant_from_the_recipe_then_from_here(
     path = _write(beside, "[data]\npath = 'both.jsonl'\neval_path = 'only-here.jsonl'\n[model]\nbase = 'model'\n")
     recipe = load_recipe(path)
     assert load_recipe(path, ["data.path=model:test"]).data.path == f"{beside / 'model'}:test", "a split of a folder"
+    assert load_recipe(path, ["data.path=model#a:test"]).data.path == f"{beside / 'model'}#a:test"
     assert load_recipe(path, ["data.path=owner/name:test"]).data.path == "owner/name:test"
     assert recipe.data.path == str(beside / "both.jsonl")
     assert recipe.data.eval_path == str(here / "only-here.jsonl")

@@ -1,8 +1,8 @@
 """Which files of a folder are which split of a data set, by its card and by their names.
 
-The rules are those of `datasets` (its `data_files.py`), so that a folder of the hub means here what it means there: the
-`configs` at the head of README.md come first, then the names of folders and files. Other than there, files whose name
-says no split are read as the train split even beside files whose name says one.
+The rules are those of `datasets` (its `data_files.py`), so that a folder of the hub means here what it means there:
+the `configs` at the head of README.md come first, then numbered parts in a folder `data`, then the names of folders and
+files. Other than there, files on this computer whose names say no split are train, even beside others.
 """
 
 import re
@@ -51,7 +51,7 @@ class Chosen:
     Attributes:
         names: The files, in order.
         notes: What the user should know of the choice.
-        config: The configuration, where there are several.
+        config: The configuration, where there are several, or the folder.
         split: The split, where there are several.
     """
 
@@ -66,7 +66,8 @@ class Wanted:
     """Which part of a data set is asked for.
 
     Attributes:
-        config: Its configuration, also called subset; empty for the one that it has, or its default.
+        config: Its configuration, also called subset, or, where it has none, a folder in it; empty for the one that it
+            has, or its default.
         split: Its split; `all` for all of them; empty for the first of `prefer` that is there.
         prefer: Splits in the order in which they are taken unasked.
     """
@@ -120,9 +121,17 @@ def choose(names: Iterable[str], layout: Layout, wanted: Wanted, shown: str, *, 
             raise BadInput(f"{shown}: the files that it names for {config} are not there.")
     else:
         if wanted.config and wanted.config != DEFAULT:
-            raise BadInput(f"{shown} has no configurations; leave data.config empty.")
-        data = _of_one_kind(names, shown, notes, strict=strict)
-        splits = _splits_by_name(data)
+            config = wanted.config
+            names = [name for name in names if name.startswith(f"{config}/")]
+            if not names:
+                word = plain(config, one_line=True, limit=60)
+                raise BadInput(f"{shown} has no configurations, and no folder {word}; leave data.config empty.")
+        # What `datasets` has uploaded lies in `data`; other files beside it, such as the makers' own, are not read.
+        shards = [name for name in names if name.startswith("data/") and _SHARD.fullmatch(name.removeprefix("data/"))]
+        if shards and len(shards) < sum(bool(kind_of_name(name)) and not is_beside(name) for name in names):
+            notes.append("only the numbered parts in its folder data are read")
+            names = shards
+        splits = _splits_by_name(_of_one_kind(names, shown, notes, strict=strict), notes, strict=strict)
     split = _split(splits, wanted, shown)
     if len(splits) > 1:
         read = "all are read" if split == ALL else f"{split} is read"
@@ -131,7 +140,7 @@ def choose(names: Iterable[str], layout: Layout, wanted: Wanted, shown: str, *, 
     if said:
         chosen = _of_one_kind(chosen, shown, notes, strict=True)
     _require_whole(chosen, shown)
-    return Chosen(tuple(chosen), tuple(notes), config if len(said) > 1 else "", split if len(splits) > 1 else "")
+    return Chosen(tuple(chosen), tuple(notes), config if len(said) != 1 else "", split if len(splits) > 1 else "")
 
 
 def kind_of_name(name: str) -> str:
@@ -192,10 +201,15 @@ def _of_one_kind(names: Sequence[str], shown: str, notes: list[str], *, strict: 
     return kinds[kind]
 
 
-def _splits_by_name(names: Sequence[str]) -> dict[str, list[str]]:
+def _splits_by_name(names: Sequence[str], notes: list[str], *, strict: bool) -> dict[str, list[str]]:
     splits: dict[str, list[str]] = {}
     for name in names:
-        splits.setdefault(_split_of_name(name) or TRAIN, []).append(name)
+        splits.setdefault(_split_of_name(name), []).append(name)
+    if unnamed := splits.pop("", None):
+        if strict or not splits:
+            splits[TRAIN] = sorted([*splits.get(TRAIN, ()), *unnamed], key=_natural)
+        else:
+            notes.append(f"files whose names say no split are not read: {_listed(unnamed)}")
     order = [TRAIN, VALIDATION, TEST]
     return dict(sorted(splits.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
 

@@ -1,15 +1,15 @@
 """From the word in `data.path` to the files that are read: a file, a folder of files, or a data set of the hub.
 
-A word is a path, `embedded`, or `owner/name` of the hub. A folder or a data set of the hub may have its split behind it
-(`folder:test`), and the latter its configuration and revision too (`owner/name#small@v2:test`); what the word does not
-say, the recipe may.
+A word is a path, `embedded`, or `owner/name` of the hub. A folder or a data set of the hub may have its configuration and
+its split behind it (`folder#small:test`), and the latter its revision too (`owner/name#small@v2:test`); what the word
+does not say, the recipe may.
 """
 
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from studio.core.errors import BadInput
@@ -37,7 +37,7 @@ _HUB = re.compile(
     r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:#([\w.-]{1,200}))?(?:@([\w./-]{1,200}))?(?::([\w.-]{1,200}))?",
     re.ASCII,
 )
-_SPLIT = re.compile(r"(.+):([\w.-]{1,200})", re.ASCII)
+_PART = re.compile(r"(.+?)(?:#([\w.-]{1,200}))?(?::([\w.-]{1,200}))?", re.ASCII)
 
 
 def hub_word(word: str, how: Reading = AS_IT_IS) -> HubWord | None:
@@ -72,7 +72,7 @@ def find_files(path: Path, how: Reading = AS_IT_IS, *, progress: Progress | None
 
         return fetched(path, there, progress, ask=ask)
     elif (found := _folder_of(str(path))) and not _exists(path):
-        return replace(_in_folder(found[0], replace(how, split=found[1])), path=path, word=word)
+        return replace(_in_folder(found.folder, found.read_as(how)), path=path)
     if path.is_dir():
         return _in_folder(path, how)
     _require_file(path)
@@ -101,7 +101,7 @@ def same_place(one: str, other: str) -> bool:
     if first or second:
         return first is not None and second is not None and first.repo == second.repo
     paths = [
-        found[0] if (found := _folder_of(word)) and not _exists(Path(word)) else Path(word) for word in (one, other)
+        found.folder if (found := _folder_of(word)) and not _exists(Path(word)) else Path(word) for word in (one, other)
     ]
     return paths[0].expanduser().absolute() == paths[1].expanduser().absolute()
 
@@ -110,7 +110,12 @@ def full_word(word: str, how: Reading) -> str:
     """Return a word that by itself means what it means read in this way: with configuration, revision and split."""
     if there := hub_word(word, how):
         return there.exact(there.wanted.config, there.wanted.split, there.revision)
-    return f"{word}:{how.split}" if how.split and not _folder_of(word) else word
+    here = Path(word)
+    found = _folder_of(word) if not _exists(here) else _FolderWord(here, "", "") if here.is_dir() else None
+    if found:
+        as_said = found.read_as(how)
+        return _word_of(found.folder, as_said.config, as_said.split)
+    return word
 
 
 def absolute_word(word: str) -> str:
@@ -120,16 +125,33 @@ def absolute_word(word: str) -> str:
     return str(Path(word).expanduser().absolute())
 
 
-def _folder_of(word: str) -> tuple[Path, str] | None:
-    """Return the folder and the split of a word such as `folder:test`."""
-    found = _SPLIT.fullmatch(word)
-    if not found:
+@dataclass(frozen=True, slots=True)
+class _FolderWord:
+    """A folder on this computer with the configuration and the split that its word says; empty for none."""
+
+    folder: Path
+    config: str
+    split: str
+
+    def read_as(self, how: Reading) -> Reading:
+        """Return how it is read: what the word does not say, the recipe may."""
+        return replace(how, config=self.config or how.config, split=self.split or how.split)
+
+
+def _folder_of(word: str) -> _FolderWord | None:
+    """Return what a word such as `folder:test` says; None where there is no such folder, or nothing behind it."""
+    found = _PART.fullmatch(word)
+    if not found or not (found[2] or found[3]):
         return None
     folder = Path(found[1])
     try:
-        return (folder, found[2]) if folder.is_dir() else None
+        return _FolderWord(folder, found[2] or "", found[3] or "") if folder.is_dir() else None
     except (OSError, ValueError):
         return None
+
+
+def _word_of(folder: Path, config: str, split: str) -> str:
+    return str(folder) + (f"#{config}" if config else "") + (f":{split}" if split else "")
 
 
 def _exists(path: Path) -> bool:
@@ -158,7 +180,7 @@ def _in_folder(folder: Path, how: Reading) -> DataFiles:
     sizes = [path.stat().st_size for path in files]
     if not sum(sizes):
         raise BadInput(f"The folder {shown} holds only empty files. {WANTED}")
-    word = str(folder) + (f":{chosen.split}" if chosen.split else "")
+    word = _word_of(folder, chosen.config, chosen.split)
     return DataFiles(folder, word, files, chosen.names, sum(sizes), chosen.notes)
 
 
