@@ -1,8 +1,8 @@
 """From the word in `data.path` to the files that are read: a file, a folder of files, or a data set of the hub.
 
-A word is a path, `embedded`, or `owner/name` of the hub. A folder or a data set of the hub may have its configuration and
-its split behind it (`folder#small:test`), and the latter its revision too (`owner/name#small@v2:test`); what the word
-does not say, the recipe may.
+A word is a path, `embedded`, or `owner/name` of the hub. A folder or a data set of the hub may have its configuration
+and its split behind it (`folder#small:test`), and the latter its revision too (`owner/name#small@v2:test`); what the
+word does not say, the recipe may.
 """
 
 import json
