@@ -252,7 +252,7 @@ def summary_lines(summary: Summary, width: int, *, blocks: bool) -> list[str]:
         )
     lines.append(left_out_in_words(summary.left_out) or "no row is left out")
     compared = "" if summary.compared == summary.rows else f" among the first {summary.compared:,}"
-    lines.append(f"rows that repeat an earlier one: {summary.twins:,}, nearly so: {summary.near:,}{compared}")
+    lines.append(f"rows that repeat an earlier one: {summary.repeats:,}, nearly so: {summary.near:,}{compared}")
     for row, other, share in summary.pairs[:5]:
         lines.append(f"  row {row} is as row {other}{'' if share == 1 else f' ({share:.0%} alike)'}")
     held = f", {summary.held_out_examples:,} held out" if summary.held_out_examples else ""
@@ -278,7 +278,7 @@ def document_of(opened: Opened, rows: list[RowShown], summary: Summary, *, ok: b
         **{key: added[key] for key in (*shown, *more)},
         "histogram": {"edges": list(summary.edges), "counts": list(summary.counts)},
         "duplicates": {
-            "exact": summary.twins,
+            "exact": summary.repeats,
             "near": summary.near,
             "compared_rows": summary.compared,
             "pairs": [list(pair) for pair in summary.pairs],
@@ -295,7 +295,7 @@ def _entries(row: RowShown) -> list[dict[str, Any]]:
         "held_out": row.held_out,
         "left_out": row.left_out,
         "why": row.why,
-        "twin_of": row.twin_of,
+        "repeat_of": row.repeat_of,
     }
     if not row.examples:
         return [told | {"part": "", "text": "", "tokens": [], "ids": [], "trained": [], "trained_tokens": []}]

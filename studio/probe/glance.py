@@ -4,6 +4,7 @@ from pathlib import Path
 
 from studio.core.errors import StudioError
 from studio.core.recipe import EMBEDDED, Recipe
+from studio.probe.data.mixture import words_of
 from studio.probe.embedded_model import find_embedded
 from studio.probe.hub import find_in_cache, is_hub_id
 from studio.probe.model_folder import CONFIG
@@ -14,8 +15,8 @@ _MOST_BYTES = 64 * 2**20
 
 def can_glance(recipe: Recipe) -> bool:
     """Return whether data and tokenizer of a recipe lie on this machine, and the data are small."""
-    files = [path for path in (recipe.data.path, recipe.data.eval_path) if path and path != EMBEDDED]
     try:
+        files = [word for _, word, _ in words_of(recipe) if word != EMBEDDED]
         if any(not Path(path).is_file() for path in files):
             return False
         small = sum(Path(path).stat().st_size for path in files) <= _MOST_BYTES

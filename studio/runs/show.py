@@ -14,8 +14,8 @@ from studio.runs.piped import PipedProcess
 MODULE = "studio.jobs.show"
 MOST_TOKENS = 100_000
 """Tokens of one example that are shown; of a whole book the rest is counted only."""
-Filter = Literal["all", "cut", "left out", "held out", "twins"]
-FILTERS: tuple[Filter, ...] = ("all", "cut", "left out", "held out", "twins")
+Filter = Literal["all", "cut", "left out", "held out", "repeats"]
+FILTERS: tuple[Filter, ...] = ("all", "cut", "left out", "held out", "repeats")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ class RowShown:
         examples: What is trained on; none where the row is left out.
         left_out: Why it is left out, a reason of `studio.core.left_out`; empty where it is not.
         why: The same in words.
-        twin_of: The number of the first row that says the same or nearly so; 0 for none that is known yet.
+        repeat_of: The number of the first row that says the same or nearly so; 0 for none that is known yet.
     """
 
     place: int
@@ -138,7 +138,7 @@ class RowShown:
     examples: tuple[ShownExample, ...] = ()
     left_out: str = ""
     why: str = ""
-    twin_of: int = 0
+    repeat_of: int = 0
 
     def __post_init__(self) -> None:
         """Make examples of the tables that come over the pipe."""
@@ -177,7 +177,7 @@ class Summary:
         left_out: Rows that are left out by reason, those that the reading left out too.
         train_tokens: Tokens of an epoch.
         steps: Optimizer steps of an epoch.
-        twins: Rows that say exactly what an earlier one says.
+        repeats: Rows that say exactly what an earlier one says.
         near: Further rows that say nearly the same as an earlier one.
         pairs: The first of both, as (row, earlier row, similarity 0 to 1).
         compared: Rows that were compared for it.
@@ -202,7 +202,7 @@ class Summary:
     left_out: Mapping[str, int] = field(default_factory=dict)
     train_tokens: int = 0
     steps: int = 0
-    twins: int = 0
+    repeats: int = 0
     near: int = 0
     pairs: tuple[tuple[int, int, float], ...] = ()
     compared: int = 0
@@ -268,9 +268,9 @@ class ShowProcess(PipedProcess[ShowEvent]):
         """
         self._send({"next": {"place": place, "step": step, "only": only, "words": words, "around": around}})
 
-    def cut_at(self, seq_len: int) -> None:
-        """Cut at another row length from now on; a new summary follows."""
-        self._send({"seq_len": seq_len})
+    def cut_at(self, seq_len: int, rows_per_step: int) -> None:
+        """Cut at another row length, and take other steps, from now on; a new summary follows."""
+        self._send({"seq_len": seq_len, "rows_per_step": rows_per_step})
 
     def stop(self) -> None:
         """Add up no further rows."""

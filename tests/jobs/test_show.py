@@ -23,7 +23,9 @@ from studio.jobs.show.pieces import shown_example, token_texts
 from studio.jobs.show.session import Session
 from studio.jobs.show.tally import Tally
 from studio.jobs.train.objectives.pairs import encode_pairs
-from studio.probe.data import Reading, Row, read_data
+from studio.probe.data import Reading, Row, read_data, row_keys
+from studio.probe.held_out import hold_out
+from studio.runs.held_out import keep_record
 from studio.runs.piped import event_in, event_line
 from studio.runs.show import (
     EVENTS,
@@ -36,7 +38,7 @@ from studio.runs.show import (
     ShowRequest,
     Summary,
 )
-from tests.fakes.runs import CHECKOUT
+from tests.fakes.runs import CHECKOUT, make_run
 from tests.fakes.tiny_model import make_tiny_model
 from tests.fakes.tokenizers import (
     CHATML,
@@ -123,13 +125,13 @@ def test_rows_are_shown_as_the_model_reads_them(opened: Callable[..., ShowProces
     assert [one.tokens[place] for place in one.special] == ["<|im_start|>", "<|im_end|>"] * 3
     assert one.learnt == 8
     summary = whole(process)
-    assert (summary.cut, summary.twins, summary.pairs[0][:2]) == (1, 1, (23, 4))
+    assert (summary.cut, summary.repeats, summary.pairs[0][:2]) == (1, 1, (23, 4))
     assert summary.left_out == {"no_answer": 1}
     assert summary.steps == -(-18 // Recipe().rows_per_step)
     for number, said in ((21, "no assistant turn"), (24, "rows 1 to 23"), (0, "rows 1 to 23")):
         process.ask_number(number)
         assert said in heard(process, NoRow).message
-    for only, place, wanted in (("cut", 0, 22), ("twins", 0, 23)):
+    for only, place, wanted in (("cut", 0, 22), ("repeats", 0, 23)):
         process.ask_next(place, 1, only)
         assert heard(process, RowShown).number == wanted
     process.ask_next(5, 1, "cut", "nowhere")
@@ -141,9 +143,13 @@ def test_rows_are_shown_as_the_model_reads_them(opened: Callable[..., ShowProces
         held.append(shown.held_out)
         place = shown.place
     assert held == [True] * 4
-    process.cut_at(40)
+    process.cut_at(40, 5)
     again = heard(process, Summary)
     assert again.cut == 22
+    process.cut_at(200, 5)
+    assert heard(process, Summary).steps == 4
+    process.cut_at(40, 5)
+    heard(process, Summary)
     assert again.left_out == {"no_answer": 1, "nothing_to_learn": 22}
     process.ask_number(1)
     row = heard(process, RowShown)
@@ -359,6 +365,28 @@ def test_texts_in_blocks_are_shown_as_blocks_of_the_row_length(model: Path, tmp_
     row = session.row(0)
     assert isinstance(row, RowShown)
     assert [one.part for one in row.examples] == ["1 of 3", "2 of 3", "3 of 3"]
-    session.cut_at(1024)
+    session.cut_at(1024, 8)
     session.add_up()
     assert session.tally.summary(1024, "").examples == 2
+
+
+def test_a_run_shows_the_rows_that_it_held_out_itself(model: Path, tmp_path: Path) -> None:
+    rows = [talk(f"what is {place}", f"it is {place}") for place in range(20)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = Recipe().with_("data.path", str(file)).with_("model.base", str(model)).with_("eval.rows", 3)
+    data = read_data(file)
+    kept = hold_out(recipe.with_("train.seed", 99), data, None).record
+    paths = make_run(tmp_path, "mine", recipe)
+    keep_record(paths, kept)
+
+    def held(request: ShowRequest) -> set[str]:
+        session = Session(request, lambda detail, fraction: None)
+        shown = [session.row(place) for place in range(session.opened.rows)]
+        return {one.examples[0].text for one in shown if isinstance(one, RowShown) and one.held_out}
+
+    own, others = held(ShowRequest(recipe, str(paths.root))), held(ShowRequest(recipe))
+    numbers = {row.number for row in data.rows if row_keys(row).content.hex() in kept.held_out}
+    assert own != others
+    assert len(own) == len(numbers) == 3
+    assert all(any(f"what is {number - 1}<|im_end|>" in text for text in own) for number in numbers)

@@ -60,7 +60,7 @@ def test_the_rows_are_seen_before_the_first_step(terminal: Terminal, tmp_path: P
     terminal.type("2")
     terminal.until(lambda text: "Tokens per example" in text and "an epoch" in text, "what the rows add up to")
     terminal.type("4")
-    terminal.until(lambda text: "the same" in text, "the twin")
+    terminal.until(lambda text: "the same" in text, "the repeat")
     terminal.type("Escape")
     terminal.until(lambda text: "Rank" in text and "r Run" in text, "the configure screen again")
     terminal.type("q")

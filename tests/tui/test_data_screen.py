@@ -11,15 +11,31 @@ import pytest
 from textual.pilot import Pilot
 from textual.widgets import Input
 
+from studio.core.errors import StudioError
+from studio.core.events import Finished
 from studio.core.recipe import Recipe
 from studio.runs.show import ShowProcess, ShowRequest
+from studio.runs.worker import Worker
 from studio.tui.app import StudioApp
 from studio.tui.panels.data_note import DataNote
 from studio.tui.screens.data import DataScreen
 from studio.tui.services import Services
 from tests.fakes.runs import CHECKOUT
 from tests.fakes.tiny_model import make_tiny_model
-from tests.tui.stories import HOSTILE, NARROW, SELDOM, WIDE, Asked, assert_harmless, given, play, services_that, shown
+from tests.tui.stories import (
+    HOSTILE,
+    NARROW,
+    SELDOM,
+    WIDE,
+    Asked,
+    assert_harmless,
+    given,
+    make_run,
+    play,
+    services_that,
+    shown,
+    train,
+)
 from widgets.token_view import TokenView
 
 
@@ -169,6 +185,28 @@ def test_a_process_that_dies_is_told_and_started_again(recipe: Recipe, tmp_path:
     play(story, tmp_path, size=WIDE, recipe=recipe, services=processes.services())
 
 
+def test_a_training_shows_its_own_rows(recipe: Recipe, tmp_path: Path) -> None:
+    asked: list[ShowRequest] = []
+
+    def show(request: ShowRequest) -> ShowProcess:
+        asked.append(request)
+        raise StudioError("not now")
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await pilot.press("d")
+        await until(pilot, lambda: "not now" in shown(app))
+        assert asked == [ShowRequest(recipe, str(paths.root))]
+        await pilot.press("escape")
+        await until(pilot, lambda: not isinstance(app.screen, DataScreen))
+
+    paths = make_run(tmp_path, "mine", recipe)
+    with Worker(paths) as worker:
+        train(worker, range(1, 3))
+        worker.emit(Finished, outcome="done", step=2)
+    services = given(services_that(Asked()), show_data=show)
+    play(story, tmp_path, size=WIDE, recipe=recipe, open_run=paths, services=services)
+
+
 @pytest.mark.slow
 def test_data_that_cannot_be_read_says_why(recipe: Recipe, tmp_path: Path) -> None:
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
@@ -192,7 +230,7 @@ def test_the_worst_of_the_data_stands_below_the_form(
         note._look_now()
         await until(pilot, lambda: "1 cut at 256" in shown(app))
         assert "1 left out (4%)" in shown(app)
-        assert "1 twins" in shown(app)
+        assert "1 repeat" in shown(app)
         note.follow(recipe.with_("train.seq_len", 32))
         await until(pilot, lambda: "23 cut at 32" in shown(app))
         assert len(processes.started) == 1, "the rows were not read again"

@@ -83,7 +83,7 @@ def _serve(line: Line, session: Any) -> None:
 
 def _answer(asked: dict[str, Any], session: Any, line: Line) -> Any:
     if "seq_len" in asked:
-        session.cut_at(int(asked["seq_len"]))
+        session.cut_at(int(asked["seq_len"]), int(asked["rows_per_step"]))
         return session.tally.summary(session.seq_len, session.end_token)
     if "number" in asked:
         return session.numbered(int(asked["number"]))

@@ -148,9 +148,10 @@ class Session:
             both_sides=self._both_sides,
         )
 
-    def cut_at(self, seq_len: int) -> None:
-        """Cut at another row length. Texts in blocks become other blocks, so that all is added up anew."""
+    def cut_at(self, seq_len: int, rows_per_step: int) -> None:
+        """Cut at another row length and take other steps. Texts become other blocks, and are added up anew."""
         self.seq_len = seq_len
+        self._rows_per_step = self.tally.rows_per_step = rows_per_step
         self._how = replace(self._how, seq_len=seq_len)
         if self._in_blocks:
             self.tally = self._new_tally()
@@ -189,7 +190,7 @@ class Session:
         row = self._rows[place]
         parts, report = self._parts(row)
         shown = tuple(shown_example(one, self.tokenizer, part=part, seq_len=self.seq_len) for part, one in parts)
-        twin = self.tally.twin_of(place) if place < self.tally.done else None
+        repeat = self.tally.repeat_of(place) if place < self.tally.done else None
         left_out = why = ""
         sides = [one for _, one in parts]
         sides += [_NO_EXAMPLE] * len({"chosen", "rejected"} - {part.partition(" ")[0] for part, _ in parts})
@@ -210,7 +211,7 @@ class Session:
             examples=shown,
             left_out=left_out,
             why=plain(why, one_line=True, limit=300),
-            twin_of=0 if twin is None else self._rows[twin].number,
+            repeat_of=0 if repeat is None else self._rows[repeat].number,
         )
 
     def _parts(self, row: Row) -> tuple[list[tuple[str, Example]], RowReport]:
@@ -267,7 +268,7 @@ class Session:
         Args:
             place: Where to begin; the row there is not meant.
             step: 1 or -1.
-            only: Which rows count; only those that were added up are known to be cut, left out or twins.
+            only: Which rows count; only those that were added up are known to be cut, left out or repeats.
             words: What is looked for, in any letter case; empty for anything.
             around: Whether to go on at the other end.
             interrupted: Asked now and then; True gives up.
@@ -283,7 +284,7 @@ class Session:
                 return self.row(at)
             if looked % _SEARCHED_AT_ONCE == 0 and interrupted():
                 break
-        which = "" if only == "all" else f" that is {'a twin' if only == 'twins' else only}"
+        which = "" if only == "all" else f" that is {'a repeat' if only == 'repeats' else only}"
         says = f" that says '{plain(words, one_line=True, limit=60)}'" if words else ""
         more = "" if known == end else f" among the {known} added up so far"
         nearer = "" if around else "later " if step > 0 else "earlier "

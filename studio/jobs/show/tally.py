@@ -35,6 +35,7 @@ class Tally:
     Attributes:
         done: How many they are.
         report: What happened to them on their way to tokens.
+        rows_per_step: Rows of an optimizer step.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Tally:
             both_sides: Whether two examples, the chosen and the rejected one, count as one row of a step.
         """
         self._row_at, self._held_out, self._left_out = row_at, held_out, left_out
-        self._rows, self._rows_per_step, self._both_sides = rows, rows_per_step, both_sides
+        self._rows, self.rows_per_step, self._both_sides = rows, rows_per_step, both_sides
         self.done = 0
         self.report = RowReport()
         self._first = array("Q", [0])  # of each row the place of its first example, and at the end their number
@@ -67,7 +68,7 @@ class Tally:
         self._begin, self._end, self._of = array("Q"), array("Q"), array("Q")  # learnt ranges, and of which example
         self._contents: dict[bytes, int] = {}
         self._near = NearRows(lambda place: said_in(row_at(place)))
-        self._twin_of: dict[int, tuple[int, float]] = {}
+        self._repeat_of: dict[int, tuple[int, float]] = {}
         self._no_pair: Counter[str] = Counter()
         self._last_learnt: tuple[tuple[int, int], NDArray[np.int64]] | None = None
 
@@ -97,20 +98,20 @@ class Tally:
     def _compare(self, row: Row) -> None:
         earlier = self._contents.setdefault(row_keys(row).content, self.done)
         if earlier != self.done:
-            self._twin_of[self.done] = earlier, 1.0
+            self._repeat_of[self.done] = earlier, 1.0
         elif self.done < _MOST_COMPARED and (near := self._near.add(self.done)):
-            self._twin_of[self.done] = near
+            self._repeat_of[self.done] = near
 
-    def twin_of(self, place: int) -> int | None:
+    def repeat_of(self, place: int) -> int | None:
         """Return the place of the first row that says the same as this one or nearly so; None for none."""
-        return self._twin_of[place][0] if place in self._twin_of else None
+        return self._repeat_of[place][0] if place in self._repeat_of else None
 
     def matches(self, place: int, only: Filter, seq_len: int) -> bool:
-        """Return whether a row that was added is `cut`, `left out`, or one of the `twins`."""
+        """Return whether a row that was added is `cut`, `left out`, or one of the `repeats`."""
         first, last = self._first[place], self._first[place + 1]
         if only == "cut":
             return any(length > seq_len for length in self._length[first:last])
-        return place in self._twin_of if only == "twins" else not self._learnt_at(seq_len)[first:last].any()
+        return place in self._repeat_of if only == "repeats" else not self._learnt_at(seq_len)[first:last].any()
 
     def _learnt_at(self, seq_len: int) -> NDArray[np.int64]:
         """Return the same as `_learnt`, kept until there are more rows or another row length."""
@@ -148,7 +149,7 @@ class Tally:
         edges, counts = _bars(length, seq_len)
         train = good & ~held
         units = len(np.unique(row_of[train])) if self._both_sides else int(np.count_nonzero(train))
-        twins = {place: found for place, found in self._twin_of.items() if found[1] == 1.0}
+        repeats = {place: found for place, found in self._repeat_of.items() if found[1] == 1.0}
         number = self._number
         return Summary(
             done=self.done,
@@ -168,12 +169,12 @@ class Tally:
             loss_tokens=int(learnt[good].sum()),
             left_out={reason: left[reason] for reason in (*LEFT_OUT, *sorted(left.keys() - LEFT_OUT)) if left[reason]},
             train_tokens=int(kept[train].sum()),
-            steps=total_steps_of(steps=0, epochs=1, rows=units, rows_per_step=self._rows_per_step) if units else 0,
-            twins=len(twins),
-            near=len(self._twin_of) - len(twins),
+            steps=total_steps_of(steps=0, epochs=1, rows=units, rows_per_step=self.rows_per_step) if units else 0,
+            repeats=len(repeats),
+            near=len(self._repeat_of) - len(repeats),
             pairs=tuple(
                 (number(place), number(other), round(share, 3))
-                for place, (other, share) in sorted(self._twin_of.items())[:_PAIRS]
+                for place, (other, share) in sorted(self._repeat_of.items())[:_PAIRS]
             ),
             compared=min(self.done, _MOST_COMPARED),
             said=self._said(length, good, seq_len, end_token),

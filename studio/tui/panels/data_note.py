@@ -87,7 +87,7 @@ class DataNote(Static):
             self._look_soon()
         elif _cuts(before) != _cuts(recipe):
             if self._process is not None and not recipe.problems():
-                self._process.cut_at(recipe.train.seq_len)
+                self._process.cut_at(recipe.train.seq_len, recipe.rows_per_step)
             else:
                 self._looked = ()
                 self._look_soon()
@@ -135,7 +135,8 @@ class DataNote(Static):
             process.close()
 
     def _tell(self, words: Content) -> None:
-        name = plain_path(str(self._recipe.data.path), _NAME_CELLS)
+        sources = self._recipe.data.sources
+        name = f"{len(sources)} sources" if sources else plain_path(str(self._recipe.data.path), _NAME_CELLS)
         shown = words or Content.styled("d shows the rows as the model reads them", "dim")
         text = Content.assemble(("Data ", "bold"), (f"{name}  ", "dim"), shown)
         if text != self.content:

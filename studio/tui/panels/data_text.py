@@ -56,11 +56,12 @@ def row_head(row: RowShown, only: str, sought: str) -> Content:
         parts += ["   ", (f"{count(lost)} cut", "$text-warning")]
     if row.left_out:
         parts += ["   ", ("left out", "$text-error")]
-    if row.twin_of:
-        parts += ["   ", (f"says what row {row.twin_of} says", "$text-warning")]
+    if row.repeat_of:
+        parts += ["   ", (f"says what row {row.repeat_of} says", "$text-warning")]
     if only != "all" or sought:
         says = f" with '{plain(sought, one_line=True, limit=20)}'" if sought else ""
-        parts += ["   ", (f"only {'rows' if only == 'all' else f'{only} rows'}{says}", "reverse")]
+        which = {"all": "rows", "repeats": "rows that repeat others"}.get(only, f"{only} rows")
+        parts += ["   ", (f"only {which}{says}", "reverse")]
     return Content.assemble(*parts)
 
 
@@ -107,8 +108,8 @@ def _facts(opened: Opened, summary: Summary) -> Iterator[tuple[str, str, str]]:
     left = sum(summary.left_out.values())
     yield "left out", f"{count(left)} rows" if left else "none", "$text-warning" if left else ""
     compared = "" if summary.compared >= summary.done else f" (of the first {count(summary.compared)})"
-    repeats = f"{count(summary.twins)} rows say what another says, {count(summary.near)} nearly{compared}"
-    yield "twins", repeats if summary.twins or summary.near else "none", ""
+    repeats = f"{count(summary.repeats)} rows say what another says, {count(summary.near)} nearly{compared}"
+    yield "repeats", repeats if summary.repeats or summary.near else "none", ""
     yield "held out", f"{count(opened.held_out)} rows" if opened.held_out else "none", ""
     yield "an epoch", f"{count(summary.train_tokens)} tokens in {count(summary.steps)} steps", ""
 
@@ -171,7 +172,7 @@ def left_out_text(opened: Opened, summary: Summary) -> Content:
     return Content.assemble(*parts)
 
 
-def twins_text(summary: Summary) -> Content:
+def repeats_text(summary: Summary) -> Content:
     """Return which rows say what an earlier one says."""
     if not summary.pairs:
         return Content("No row says what another one says, as far as they were compared.")
@@ -179,7 +180,7 @@ def twins_text(summary: Summary) -> Content:
     for row, other, share in summary.pairs:
         alike = "the same" if share >= 1 else f"{share:.0%} alike"
         parts.append(f"  row {count(row):>7}   row {count(other):>7}   {alike}\n")
-    more = summary.twins + summary.near - len(summary.pairs)
+    more = summary.repeats + summary.near - len(summary.pairs)
     if more > 0:
         parts.append((f"  ... {count(more)} more\n", "dim"))
     parts.append(
@@ -206,8 +207,8 @@ def worst_line(opened: Opened, summary: Summary) -> Content:
     if summary.trained_share is not None:
         small = summary.trained_share < _SMALL_SHARE
         found.append((f"{summary.trained_share:.0%} learnt", "$text-warning" if small else ""))
-    if repeats := summary.twins + summary.near:
-        found.append((f"{count(repeats)} twins", ""))
+    if repeats := summary.repeats + summary.near:
+        found.append(("1 repeat" if repeats == 1 else f"{count(repeats)} repeats", ""))
     if summary.steps:
         found.append((f"{count(summary.steps)} steps an epoch", ""))
     if not summary.whole:

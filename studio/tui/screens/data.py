@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from textual import work
+from textual import events, work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container, VerticalScroll
@@ -27,14 +27,14 @@ from studio.runs.show import (
     ShowRequest,
     Summary,
 )
-from studio.tui.panels.data_text import facts_text, left_out_text, row_head, row_tokens, twins_text
+from studio.tui.panels.data_text import facts_text, left_out_text, repeats_text, row_head, row_tokens
 from studio.tui.readable import count
 from studio.tui.services import Services
 from widgets.key_footer import KeyFooter
 from widgets.tab_row import TabRow
 from widgets.token_view import Token, TokenView
 
-_VIEWS = (("row", "1 Row"), ("facts", "2 Lengths, shares"), ("left", "3 Left out"), ("twins", "4 Twins"))
+_VIEWS = (("row", "1 Row"), ("facts", "2 Lengths, shares"), ("left", "3 Left out"), ("repeats", "4 Repeats"))
 _ASKS = {"number": "the number of a row, then enter", "words": "words that a row says, then enter; n finds the next"}
 
 
@@ -76,7 +76,7 @@ class DataScreen(Screen[None]):
     DataScreen.-wide {
         & #data-views { layout: horizontal; }
         & #row { display: block; width: 3fr; }
-        & #facts, & #left, & #twins { width: 2fr; border-left: solid $foreground 20%; }
+        & #facts, & #left, & #repeats { width: 2fr; border-left: solid $foreground 20%; }
         & #facts.-beside { display: block; }
     }
     """
@@ -113,7 +113,7 @@ class DataScreen(Screen[None]):
         yield Static("", id="data-row-head", markup=False)
         with Container(id="data-views"):
             yield TokenView(id="row")
-            for key in ("facts", "left", "twins"):
+            for key in ("facts", "left", "repeats"):
                 with VerticalScroll(id=key):
                     yield Static("", markup=False)
         yield Static("", id="data-note", markup=False)
@@ -169,6 +169,16 @@ class DataScreen(Screen[None]):
                 self.refresh_bindings()
         self._show_head()
 
+    async def on_key(self, event: events.Key) -> None:
+        """Take keys that were typed at once with the one that opens the line, before the line has the focus."""
+        line = self.query_one(Input)
+        if self._asking and self.focused is line and event.is_printable and event.character:
+            line.insert_text_at_cursor(event.character)
+            event.stop()
+        elif self._asking and event.key == "enter":
+            await line.action_submit()
+            event.stop()
+
     def on_input_submitted(self, event: Input.Submitted) -> None:
         """Go to the row of that number, or to the next one that says these words."""
         event.stop()
@@ -214,7 +224,7 @@ class DataScreen(Screen[None]):
         self.refresh_bindings()
 
     def action_turn_filter(self) -> None:
-        """Go through other rows: all, cut ones, those left out, held-out ones, twins."""
+        """Go through other rows: all, cut ones, those left out, held-out ones, repeats."""
         self._only = FILTERS[(FILTERS.index(self._only) + 1) % len(FILTERS)]
         if self._process is not None and self._only != "all":
             self._process.ask_next(-1, 1, self._only, self._sought)
@@ -292,7 +302,7 @@ class DataScreen(Screen[None]):
         texts = {
             "facts": facts_text(self._opened, self._summary, room),
             "left": left_out_text(self._opened, self._summary),
-            "twins": twins_text(self._summary),
+            "repeats": repeats_text(self._summary),
         }
         for key, text in texts.items():
             self.query_one(f"#{key} > Static", Static).update(text)
@@ -304,7 +314,7 @@ class DataScreen(Screen[None]):
             told = f", {count(left)} left out" if left else ""
             state = f"{plain(self._opened.described, one_line=True)}{told}"
         recipe = self._request.recipe
-        name = plain(recipe.data.path.rpartition("/")[2], one_line=True, limit=30)
+        name = "" if recipe.data.sources else plain(recipe.data.path.rpartition("/")[2], one_line=True, limit=30)
         model = plain(recipe.model.base.rstrip("/").rpartition("/")[2], one_line=True, limit=30)
         words = Content.assemble(("Data", "bold"), f"  {name}  ", state, f"  as {model} reads it")
         self.query_one("#data-head", Static).update(words)
