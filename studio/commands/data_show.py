@@ -237,7 +237,7 @@ def summary_lines(summary: Summary, width: int, *, blocks: bool) -> list[str]:
             if not count:
                 continue
             cells = -(-count * min(_BAR_CELLS, width - 30) // max(1, most))
-            mark = "  cut" if low >= summary.seq_len else ""
+            mark = "  cut" if low > summary.seq_len else ""
             lines.append(f"  {low:>8,} - {high - 1:>8,} {('█' if blocks else '#') * cells} {count:,}{mark}")
     lines.append(
         f"cut at {summary.seq_len:,} tokens: {summary.cut:,} of {summary.made:,} examples; {summary.cut_tokens:,} "

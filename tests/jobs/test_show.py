@@ -274,6 +274,7 @@ def test_any_row_length_adds_up_as_encoding_does(pairs: list[tuple[str, str]], s
     )
     assert (summary.cut, summary.left_out.get("nothing_to_learn", 0)) == (wanted.cut, wanted.dropped)
     assert sum(summary.counts) == summary.made
+    assert sum(many for low, many in zip(summary.edges, summary.counts, strict=False) if low > seq_len) == wanted.cut
     shown = [shown_example(one, BYTES, part="", seq_len=seq_len) for parts in made for one in parts]
     assert sum(one.learnt for one in shown) == wanted.loss_tokens
 

@@ -215,16 +215,13 @@ def said_in(row: Row) -> str:
 
 
 def _bars(length: NDArray[np.int64], seq_len: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return edges and counts of a histogram in which the row length is an edge, so that no bar is half cut."""
+    """Return edges and counts of a histogram. No bar holds both examples that are cut and examples that are not."""
     if not len(length):
         return (), ()
-    longest = int(length.max()) + 1
-    width = max(1, -(-longest // BARS))
-    if width < seq_len < longest:
-        width = max(1, -(-seq_len // max(1, seq_len // width)))
-        before = list(range(0, seq_len, width))
-        edges = [*before, *range(seq_len, longest + width, width)]
-    else:
-        edges = list(range(0, longest + width, width))
+    beyond, cut = int(length.max()) + 1, seq_len + 1
+    width = max(1, -(-beyond // BARS))
+    edges = list(range(0, beyond + width, width))
+    if cut < beyond:
+        edges = [*range(0, cut, -(-cut // max(1, cut // width))), *range(cut, beyond + width, width)]
     counts = np.histogram(length, edges)[0]
     return tuple(edges), tuple(int(count) for count in counts)

@@ -122,7 +122,7 @@ def _histogram(summary: Summary, cells: int) -> _Parts:
     parts: _Parts = [("Tokens per example\n", "bold")]
     cut_told = False
     for low, high, number in bars:
-        cut = low >= summary.seq_len
+        cut = low > summary.seq_len
         if cut and not cut_told:
             parts.append((f"{'':8}--- cut at {count(summary.seq_len)} ---\n", "$text-warning"))
             cut_told = True
@@ -141,7 +141,7 @@ def _joined(summary: Summary) -> list[tuple[int, int, int]]:
     made: list[tuple[int, int, int]] = []
     for low, high, number in zip(edges, edges[1:], summary.counts, strict=False):
         full = not made or (made[-1][1] - made[-1][0]) >= groups * (edges[1] - edges[0])
-        if full or low == summary.seq_len:
+        if full or low == summary.seq_len + 1:
             made.append((low, high, number))
         else:
             made[-1] = made[-1][0], high, made[-1][2] + number
