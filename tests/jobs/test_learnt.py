@@ -255,6 +255,8 @@ def test_an_answer_of_which_nothing_is_written_is_not_learnt() -> None:
     assert any("leaves out 1 answers, which are not learnt (the first: row 8)" in sentence for sentence in said)
 
 
+NO_STOP_AT_ALL = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"  # fmt: skip  # noqa: E501
+
 # Prompts that open reasoning
 
 OPENED = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content.split('</think>')[-1] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"  # fmt: skip  # noqa: E501
@@ -296,6 +298,23 @@ def test_an_end_token_inside_of_an_answer_is_told() -> None:
     assert any("In 1 answers the chat template writes <|im_end|> before their end" in sentence for sentence in said)
     _, report, _ = encode(chat(("user", "a"), ("assistant", "say <|im_end|>")), byte_tokenizer())
     assert report.ended_within == 0
+
+
+def test_reasoning_behind_an_opening_token_whose_closing_one_is_unknown_is_counted() -> None:
+    tokenizer = byte_tokenizer(OPENED.replace("<think>", "<|start_thinking|>"))
+    row = Conversation((Message("user", "a"), Message("assistant", "<think>\nb\n</think>\n\nc")), 5)
+    (example,), report, said = encode(row, tokenizer)
+    assert learnt(example, tokenizer) == ["\n\nc<|im_end|>"]
+    assert (report.moved, str(report.unseen)) == (1, "1 x reasoning")
+    assert len(said) == 2
+
+
+def test_a_special_token_at_the_end_of_the_answers_own_words_is_no_stop() -> None:
+    template = NO_STOP_AT_ALL
+    tokenizer = byte_tokenizer(template, eos_token="</s>")
+    (example,), report, _ = encode(chat(("user", "a"), ("assistant", "say <|im_end|>")), tokenizer)
+    assert learnt(example, tokenizer) == ["say <|im_end|></s>"]
+    assert report.stop_added == 1
 
 
 # What splitting costs

@@ -88,6 +88,8 @@ _OPENS = re.compile(
     re.IGNORECASE,
 )
 """What opens reasoning at the end of a prompt: `<think>`, `[THINK]`, `<|inner_prefix|>`, `<|channel>thought`."""
+_CLOSED_ALIKE = re.compile(r"<[^<>|/\s]+>|\[[A-Z_]+\]")
+"""What is closed by the same word with a stroke before it."""
 _CLOSES = re.compile(r"\s*(</[^<>\s]+>|\[/[^\[\]\s]+\])")
 
 
@@ -169,9 +171,9 @@ class Locator:
             opens = _OPENS.search(opened or "")
             if opens and not text[:begin].endswith(opens[0]) and not _CLOSES.match(text, begin):
                 thought = reasoning_of(turn)[0].strip()
-                if thought and thought not in text[begin:]:
+                if thought and thought not in text[begin:] and _CLOSED_ALIKE.fullmatch(opens[1]):
                     lead = _thought_behind(opens, turn, text[begin:])
-                elif not thought:
+                elif not thought or thought not in text[begin:]:
                     prompt, served, moved = text[:begin], False, True
         end, added = self._end(turn, text, begin)
         said = lead + text[begin:end]
@@ -215,7 +217,7 @@ class Locator:
         if stop := self._stop.search(text, at):
             return stop.end(), False
         end = begin + len(text[begin:].rstrip())
-        if text.endswith(self._ends, begin, end):
+        if end > at and text.endswith(self._ends, begin, end):
             return end, False
         if not turn.calls and turn.content and end == at:  # white space at the end is the answer's own
             own = turn.content[len(turn.content.rstrip()) :]
@@ -273,7 +275,11 @@ def _before_tag(text: str, end: int) -> int:
 
 def _shared(one: str, other: str) -> int:
     """Return how many characters two texts begin with alike."""
-    return next(
-        (place for place, (mine, its) in enumerate(zip(one, other, strict=False)) if mine != its),
-        min(len(one), len(other)),
-    )
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
