@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from studio.probe.model_folder import CONFIG, check_folder, read_config, require
 from studio.probe.safetensors_file import CorruptSafetensors, SafetensorsHeader, parse_header
 
 _ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
+_CHECKSUM = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_SHA256_DIGITS = 64
 _ASK_SECONDS = 15.0
 _AT_ONCE = 8  # shards asked for at the same time; a 70B model has 15 to 30
 # What training needs of a repository; pickles, GGUF files and the makers' own checkpoints stay there.
@@ -242,6 +245,57 @@ def byte_counter(told: Callable[[int], None]) -> type[Any]:
             return updated
 
     return ByteCounter
+
+
+def download_on(repo: str, commit: str, name: str, bars: dict[str, Any]) -> None:
+    """Put a large file of a data set into the client's cache, from where an earlier download of it has stopped.
+
+    The client goes on by itself after a lost connection, but starts again in a new process. So the file is fetched here
+    into a part beside its place among the cache's blobs, which bear the name of their checksum; the client then finds
+    it there and has only to link it.
+
+    Args:
+        repo: The data set.
+        commit: Of the file.
+        name: Its path in the repository.
+        bars: The client's arguments for its progress.
+
+    Raises:
+        OSError: The disk refuses, or what came is not what its checksum says.
+    """
+    from filelock import FileLock, Timeout  # noqa: PLC0415
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url  # noqa: PLC0415
+    from huggingface_hub.file_download import http_get  # noqa: PLC0415
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # noqa: PLC0415
+
+    url = hf_hub_url(repo, name, repo_type="dataset", revision=commit)
+    seen = get_hf_file_metadata(url)
+    if not seen.etag or not _CHECKSUM.fullmatch(seen.etag) or not seen.size:
+        return
+    blob = Path(constants.HF_HUB_CACHE) / f"datasets--{repo.replace('/', '--')}" / "blobs" / seen.etag
+    if blob.exists():
+        return
+    blob.parent.mkdir(parents=True, exist_ok=True)
+    part = blob.with_name(f"{blob.name}.lora-studio.part")
+    with suppress(Timeout), FileLock(f"{part}.lock", timeout=0):  # who comes second leaves it to the client
+        with part.open("ab") as file:
+            if file.tell() > seen.size:
+                file.truncate(0)
+            there = file.tell()
+            if there < seen.size:
+                http_get(url, file, resume_size=there, headers=build_hf_headers(), expected_size=seen.size, **bars)
+        if len(seen.etag) == _SHA256_DIGITS and _sha256(part) != seen.etag:
+            part.unlink()
+            raise OSError(f"{name} is not what its checksum says; what was downloaded of it is removed")
+        part.replace(blob)
+    Path(f"{part}.lock").unlink(missing_ok=True)
+
+
+def _sha256(path: Path) -> str:
+    import hashlib  # noqa: PLC0415  OpenSSL: 3 ms and 5 MiB that a plan has no use for
+
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def push_folder(out: Path, repository: str) -> str:

@@ -219,10 +219,10 @@ def test_a_script_without_a_copy_is_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_copy_that_was_downloaded_by_other_means_is_read_offline(tmp_path: Path) -> None:
     inside = tmp_path / "hf" / "hub" / "datasets--owner--chats"
-    put(inside / "snapshots" / COMMIT, {"train.jsonl": rows(1), "x-00000-of-00002.jsonl": rows(2)})
+    put(inside / "snapshots" / COMMIT, {"train-00000-of-00002.jsonl": rows(1, 2)})
     put(inside, {"refs/main": COMMIT.encode()})
-    assert "x-00001-of-00002.jsonl is missing; 1 of its 2 parts are there" in ask(tmp_path, offline=True)["error"]
-    put(inside / "snapshots" / COMMIT, {"x-00001-of-00002.jsonl": rows(3)})
+    assert "train-00001-of-00002.jsonl is missing; 1 of its 2 parts are there" in ask(tmp_path, offline=True)["error"]
+    put(inside / "snapshots" / COMMIT, {"train-00001-of-00002.jsonl": rows(3)})
     assert ask(tmp_path, offline=True)["answers"] == ["1", "2", "3"]
 
 

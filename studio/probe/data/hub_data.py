@@ -29,14 +29,12 @@ from studio.probe.data.chosen_files import (
 )
 from studio.probe.data.meant import DataFiles, HubWord
 from studio.probe.data.opened import Progress
-from studio.probe.hub import byte_counter
+from studio.probe.hub import byte_counter, download_on
 from studio.runs.atomic import write_whole
 from studio.runs.home import cache_root
 
 _ASK_SECONDS = 15.0
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_CHECKSUM = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-_SHA256_DIGITS = 64
 _RESUMED_BYTES = 32 * 2**20
 """Smaller files are downloaded again after an interruption, as the client does it."""
 _CONVERTED = "refs/convert/parquet"
@@ -140,7 +138,24 @@ def find(word: HubWord, *, ask: bool = True) -> Found:
                 f"Parquet. Look for another data set, or download what the script reads: {_PAGES}{word.repo}"
             ) from None
         raise
-    return Found(listing, chosen, _cached(word.repo, listing.commit, chosen.names))
+    return _found(word, listing, chosen)
+
+
+def _found(word: HubWord, listing: Listing, chosen: Chosen) -> Found:
+    """Return what is meant, and what of it is here.
+
+    Raises:
+        BadInput: Some of it is not, and the hub cannot be asked.
+    """
+    found = Found(listing, chosen, _cached(word.repo, listing.commit, chosen.names))
+    missing = [name for name, path in zip(chosen.names, found.paths, strict=True) if path is None]
+    if missing and listing.note:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise BadInput(
+            f"{plain(missing[0], one_line=True)}{more} of the data set {word.repo} is not in the cache, and "
+            f"{listing.note}. Try again with a connection."
+        )
+    return found
 
 
 def _converted(word: HubWord, *, ask: bool) -> Found:
@@ -161,7 +176,7 @@ def _converted(word: HubWord, *, ask: bool) -> Found:
     partial = any("/partial-" in name for name in chosen.names)
     note = f"the hub's own copy in Parquet is read{', which holds only the first gigabytes' if partial else ''}"
     chosen = replace(chosen, notes=(*chosen.notes, note))
-    return Found(listing, chosen, _cached(word.repo, listing.commit, chosen.names))
+    return _found(word, listing, chosen)
 
 
 def _listing(word: HubWord, revision: str, *, ask: bool) -> Listing:
@@ -244,16 +259,11 @@ def _download(
                 stopped.append(error)
                 raise
 
-    if listing.note:
-        raise BadInput(
-            f"{plain(name, one_line=True)} of the data set {word.repo} is not in the cache, and {listing.note}. Try "
-            "again with a connection."
-        )
     try:
         bars: dict[str, Any] = {"tqdm_class": byte_counter(told)}
         told(0)
         if listing.sizes.get(name, 0) >= _RESUMED_BYTES:
-            _download_on(word.repo, listing.commit, name, bars)
+            download_on(word.repo, listing.commit, name, bars)
         return Path(hf_hub_download(word.repo, name, repo_type="dataset", revision=listing.commit, **bars))
     except StudioError:
         raise
@@ -267,48 +277,6 @@ def _download(
             f"{plain(name, one_line=True)} of the data set {word.repo} could not be downloaded ({why}). Try again: "
             "it goes on where it stopped."
         ) from None
-
-
-def _download_on(repo: str, commit: str, name: str, bars: dict[str, Any]) -> None:
-    """Put a large file into the client's cache, from where an earlier download of it has stopped.
-
-    The client goes on by itself after a lost connection, but starts again in a new process. So the file is fetched here
-    into a part beside its place among the cache's blobs, which bear the name of their checksum; the client then finds
-    it there and has only to link it.
-    """
-    from filelock import FileLock, Timeout  # noqa: PLC0415
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url  # noqa: PLC0415
-    from huggingface_hub.file_download import http_get  # noqa: PLC0415
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # noqa: PLC0415
-
-    url = hf_hub_url(repo, name, repo_type="dataset", revision=commit)
-    seen = get_hf_file_metadata(url)
-    if not seen.etag or not _CHECKSUM.fullmatch(seen.etag) or not seen.size:
-        return
-    blob = Path(constants.HF_HUB_CACHE) / f"datasets--{repo.replace('/', '--')}" / "blobs" / seen.etag
-    if blob.exists():
-        return
-    blob.parent.mkdir(parents=True, exist_ok=True)
-    part = blob.with_name(f"{blob.name}.lora-studio.part")
-    with suppress(Timeout), FileLock(f"{part}.lock", timeout=0):  # who comes second leaves it to the client
-        with part.open("ab") as file:
-            if file.tell() > seen.size:
-                file.truncate(0)
-            there = file.tell()
-            if there < seen.size:
-                http_get(url, file, resume_size=there, headers=build_hf_headers(), expected_size=seen.size, **bars)
-        if len(seen.etag) == _SHA256_DIGITS and _sha256(part) != seen.etag:
-            part.unlink()
-            raise OSError(f"{name} is not what its checksum says; what was downloaded of it is removed")
-        part.replace(blob)
-    Path(f"{part}.lock").unlink(missing_ok=True)
-
-
-def _sha256(path: Path) -> str:
-    import hashlib  # noqa: PLC0415  OpenSSL: 3 ms and 5 MiB that a plan has no use for
-
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _refusal(word: HubWord, revision: str, error: Exception) -> tuple[str, str, bool]:
