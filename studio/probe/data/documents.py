@@ -5,6 +5,7 @@ and its tokens are those of the whole. What is learnt follows on from section to
 """
 
 import math
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -79,8 +80,7 @@ def split_documents(rows: Sequence[Row], recipe: Recipe, *, cuts: bool = True) -
         recipe: Says how many rows are held out, how long they are, and the seed.
         cuts: Whether a document may be cut.
     """
-    starts: list[int] = []
-    sizes: list[int] = []
+    starts, sizes = array("Q"), array("Q")  # of a million texts, lists would take ten times the room
     for place, row in enumerate(rows):
         if isinstance(row, PlainText) and row.before and sizes:
             sizes[-1] += len(row.text)
@@ -91,13 +91,15 @@ def split_documents(rows: Sequence[Row], recipe: Recipe, *, cuts: bool = True) -
     if not wanted:
         return Split(rows, ())
     most = max(2 * wanted, sum(sizes) // _OF_ALL)
-    able = [document for document, size in enumerate(sizes) if size <= most] if len(starts) > 1 else []
+    able = array("Q", (document for document, size in enumerate(sizes) if size <= most) if len(starts) > 1 else ())
     if not able:
         return last_part(rows, min(sizes[-1] // _LAST_PART, wanted)) if cuts else Split(rows, ())
     mean = sum(sizes[document] for document in able) / len(able)
     documents = min(recipe.eval.rows, max(1, math.ceil(wanted / max(1.0, mean))))
-    parts = split(drawn(rows, [starts[document] for document in able]), documents, recipe.train.seed)
-    ends = [*starts[1:], len(rows)]
+    firsts = array("Q", (starts[document] for document in able))
+    parts = split(rows if len(able) == len(rows) else drawn(rows, firsts), documents, recipe.train.seed)
+    ends = starts[1:]
+    ends.append(len(rows))
     chosen = [able[place] for place in parts.places]
     held = {place for document in chosen for place in range(starts[document], ends[document])}
     if len(able) == len(rows) and documents == recipe.eval.rows:
@@ -111,7 +113,7 @@ def split_documents(rows: Sequence[Row], recipe: Recipe, *, cuts: bool = True) -
 
 
 def _parted(rows: Sequence[Row], held: set[int], notes: tuple[str, ...]) -> Split:
-    others = [place for place in range(len(rows)) if place not in held]
+    others = array("Q", (place for place in range(len(rows)) if place not in held))
     places = tuple(sorted(held))
     return Split(drawn(rows, others), drawn(rows, places), notes, places)
 
