@@ -278,7 +278,8 @@ def test_a_run_learns_to_prefer(train: Train, pairs: Recipe, objective: str, pac
         assert figures["margin"] == pytest.approx(figures["chosen_reward"] - figures["rejected_reward"], abs=1e-5)
     if objective == "dpo":
         assert first.loss == pytest.approx(math.log(2), abs=1e-4)  # the adapter says nothing yet
-        assert evaluations[0].chosen_reward == pytest.approx(0, abs=1e-4)
+        before = evaluations[0]
+        assert (before.margin, before.chosen_reward, before.accuracy) == (0, 0, 0), "exactly: in the same batches"
         assert paths.reference.is_file()
     assert [event.rows for event in evaluations] == [1] * 4
     assert history_of(paths).samples[0].expected in {chosen for _, chosen, _ in PAIRS}
@@ -504,6 +505,7 @@ def test_four_bits_and_16_bit_arithmetic(train: Train, pairs: Recipe) -> None:
     assert history_of(paths).failed is None, history_of(paths).failed
     steps = steps_of(paths)
     assert steps[0].loss == pytest.approx(math.log(2), abs=0.02)
+    assert evaluations_of(paths)[0].margin == 0, "rounding in 16 bit is the same in the same batches"
     assert steps[-1].loss < 0.5
 
 

@@ -62,26 +62,22 @@ def with_reference(
         else np.full((len(pairs), 2), np.nan, "f4")
         for name, (pairs, _) in parts.items()
     }
-    missing = [
-        (name, place)
-        for name, (_, wanted) in parts.items()
-        for place in wanted[np.isnan(values[name][wanted]).any(1)].tolist()
-    ]
-    if missing:
-        detail, done = f"{len(missing)} pairs, with the adapter switched off", 0
+    missing = {name: wanted[np.isnan(values[name][wanted]).any(1)].tolist() for name, (_, wanted) in parts.items()}
+    if count := sum(map(len, missing.values())):
+        detail, done = f"{count} pairs, with the adapter switched off", 0
         tell(_PHASE, 0.0, detail=detail)
         with evaluating(step_model):
-            for start in range(0, len(missing), _PART):
-                some = missing[start : start + _PART]
-                pairs = [cast(Pair, parts[name][0][place]) for name, place in some]
-                places = {id(pair): at for pair, at in zip(pairs, some, strict=True)}
+            # Held-out pairs by themselves: in the batches of an evaluation their rounding is the same.
+            for name, start in ((name, at) for name, places in missing.items() for at in range(0, len(places), _PART)):
+                some = missing[name][start : start + _PART]
+                pairs = [cast(Pair, parts[name][0][place]) for place in some]
+                places = {id(pair): place for pair, place in zip(pairs, some, strict=True)}
                 for group in batcher.groups(pairs):
                     found = step_model.reference(batcher.batch(group)).cpu().numpy()
                     for pair, value in zip(group, found, strict=True):
-                        name, place = places[id(pair)]
-                        values[name][place] = value
+                        values[name][places[id(pair)]] = value
                     done += len(group)
-                    tell(_PHASE, done / len(missing), detail=detail)
+                    tell(_PHASE, done / count, detail=detail)
                     heed(worker, "stopped while the base was measured on the pairs")
         _keep(worker, values)
     return replace(rows, train=_told(rows.train, values["train"]), held_out=_told(rows.held_out, values["held_out"]))
