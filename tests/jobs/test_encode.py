@@ -160,20 +160,6 @@ def children() -> list[psutil.Process]:
     return found
 
 
-def test_pairs_have_both_sides_in_other_processes_too(several: None) -> None:
-    pairs = [
-        Preference((Message("user", f"q {n}"),), (Message("assistant", "yes"),), (Message("assistant", "no"),), n)
-        for n in range(30)
-    ]
-    encoder = Encoder(tokenizer(), Encoding(200))
-    made = [both for chunk, _ in encoded_chunks(pairs, 10**6, encoder, "sides") for both in chunk]
-    wanted, _ = encoder.sides(pairs)
-    assert len(made) == len(wanted)
-    for (chosen, rejected), (chosen_now, rejected_now) in zip(wanted, made, strict=True):
-        assert same(chosen, chosen_now)
-        assert same(rejected, rejected_now)
-
-
 def with_variables(made: Any) -> Any:
     set_variables(made, {"enable_thinking": False})
     return made

@@ -7,19 +7,16 @@ about ids and labels: the rows, tokenizer, chat template and its date, the setti
 import inspect
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from studio.core.left_out import LEFT_OUT
 from studio.jobs.base.data.bounded import told_template, written_date
-from studio.jobs.base.data.encode_pool import encoded_chunks
-from studio.jobs.base.data.labels import IGNORED
+from studio.jobs.base.data.encode_pool import Method, encoded_chunks
 from studio.jobs.base.data.row_report import RowReport
 from studio.jobs.base.data.rows import Encoder, Encoding, Example
 from studio.jobs.base.data.stored_examples import ExampleWriter, StoredExamples
@@ -58,7 +55,7 @@ def encode_rows(
         JobFailed: No row is left with anything to learn, or the tokenizer cannot say where its tokens stand.
     """
     encoder = Encoder(tokenizer, Encoding(**how))
-    examples, report, _ = _encoded(rows, encoder, "encode", lambda of_row: (of_row, ""), progress)
+    examples, report, _ = _encoded(rows, encoder, "encode", progress)
     report.say(encoder.how.seq_len, tokenizer.eos_token or "", warn)
     if rows and not examples:
         raise report.nothing_left(encoder.how.seq_len)
@@ -86,7 +83,7 @@ def encode_sides(
         JobFailed: No pair is left with anything to learn.
     """
     encoder = Encoder(tokenizer, how)
-    sides, report, left_out = _encoded(rows, encoder, "sides", _joined, progress)
+    sides, report, left_out = _encoded(rows, encoder, "sides", progress)
     report.say(how.seq_len, tokenizer.eos_token or "", warn)
     if left_out:
         reasons = ", ".join(f"{count} {LEFT_OUT[reason]}" for reason, count in left_out.items())
@@ -96,51 +93,34 @@ def encode_sides(
     return sides, left_out
 
 
-def _joined(sides: tuple[Sequence[Example], Sequence[Example]]) -> tuple[Sequence[Example], str]:
-    """Return the examples of both sides of a pair, or none and the reason why it is left out."""
-    chosen, rejected = sides
-    if not chosen or not rejected:
-        return (), "side_left_out"
-    if len(chosen) > 1 or len(rejected) > 1:
-        return (), "side_split"
-    one, other = (side[0].input_ids[: int(np.argmax(side[0].labels != IGNORED))] for side in sides)
-    return ((), "prompts_differ") if not np.array_equal(one, other) else ((chosen[0], rejected[0]), "")
-
-
-Take = Callable[[Any], tuple[Sequence[Example], str]]
-"""Returns the examples of what an encoder made of a row, and why there are none."""
 Encoded = tuple[Sequence[Example], RowReport, Counter[str]]
-"""Examples, what happened to the rows, and how many are left out for which reason of `Take`."""
+"""Examples, what happened to the rows, and how many pairs are left out for which reason."""
 
 
 def _encoded(
-    rows: Sequence[Row], encoder: Encoder, method: str, take: Take, progress: Callable[[float], None] | None
+    rows: Sequence[Row], encoder: Encoder, method: Method, progress: Callable[[float], None] | None
 ) -> Encoded:
     size_bytes = _bytes_of(rows)
-    key = ""
-    if size_bytes >= KEPT_BYTES:
-        key = f"tokens-{sum_of_bytes(repr((_sum_of_rows(rows), _sum_of_encoder(encoder), method)).encode())}"
-        if entry := find_entry(key, (lambda done, total: progress(0.0)) if progress else None):
-            facts = entry.facts
-            kept = StoredExamples.opened(entry.folder, largest=facts["largest"], recalled=True)
-            return kept, RowReport.of(facts["report"]), Counter(facts["left_out"])
+    chunks = partial(encoded_chunks, rows, size_bytes, encoder, method, progress)
     report, left_out = RowReport(), Counter[str]()
-
-    def examples() -> Iterator[Example]:
-        for made, became in encoded_chunks(rows, size_bytes, encoder, method, progress):
-            for of_row in made:
-                found, why = take(of_row)
-                left_out[why] += bool(why)
-                yield from found
-            report.add(became)
-
-    if not key:
-        return list(examples()), report, +left_out
+    if size_bytes < KEPT_BYTES:
+        examples = list[Example]()
+        for chunk in chunks():
+            examples += chunk.packed.examples()
+            report.add(chunk.report)
+            left_out.update(chunk.left_out)
+        return examples, report, left_out
+    key = f"tokens-{sum_of_bytes(repr((_sum_of_rows(rows), _sum_of_encoder(encoder), method)).encode())}"
+    if entry := find_entry(key, (lambda done, total: progress(0.0)) if progress else None):
+        facts = entry.facts
+        kept = StoredExamples.opened(entry.folder, largest=facts["largest"], recalled=True)
+        return kept, RowReport.of(facts["report"]), Counter(facts["left_out"])
     writer = ExampleWriter(lambda: scratch_entry(key, size_bytes))
     try:
-        for example in examples():
-            writer.add(example)
-        left_out = +left_out
+        for chunk in chunks():
+            writer.add(chunk.packed)
+            report.add(chunk.report)
+            left_out.update(chunk.left_out)
         facts = {"report": asdict(report), "largest": writer.largest, "left_out": dict(left_out)}
         return writer.done(lambda folder: keep_entry(key, folder, facts).folder), report, left_out
     finally:

@@ -9,16 +9,23 @@ import pickle
 import queue
 import subprocess
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Literal, cast
 
-from studio.core.errors import BadInput, JobFailed
+import numpy as np
+
+from studio.core.errors import BadInput, JobFailed, StudioError
 from studio.jobs.base.data.encode_worker import read_frame, write_frame
-from studio.probe.data import Row
+from studio.jobs.base.data.labels import IGNORED
+from studio.jobs.base.data.row_report import RowReport
+from studio.jobs.base.data.rows import Encoder, Example
+from studio.jobs.base.data.stored_examples import Packed
+from studio.probe.data import Preference, Row
 from studio.probe.data.stored_rows import unpacked
 from studio.probe.data.views import lines_of
 
@@ -34,24 +41,39 @@ _AHEAD = 3
 _WORKER = "studio.jobs.base.data.encode_worker"
 _POLL_SECONDS = 0.3
 
-Made = tuple[list[Any], Any]
-"""What an encoder returns of a chunk: something for each row, and a report."""
+Method = Literal["encode", "sides"]
+"""Of an encoder: `encode` for the examples of each row, `sides` for those of both sides of pairs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """What became of a chunk of rows.
+
+    Attributes:
+        packed: Their examples; of each pair the chosen and the rejected side.
+        report: What happened to the rows.
+        left_out: How many pairs are left out, by reason (`studio.core.left_out`).
+    """
+
+    packed: Packed
+    report: RowReport
+    left_out: Counter[str]
 
 
 def encoded_chunks(
     rows: Sequence[Row],
     size_bytes: int,
-    encoder: Any,
-    method: str = "encode",
+    encoder: Encoder,
+    method: Method = "encode",
     progress: Callable[[float], None] | None = None,
-) -> Iterator[Made]:
-    """Yield what a method of an encoder makes of all rows, a chunk at a time, in order.
+) -> Iterator[Chunk]:
+    """Yield what an encoder makes of all rows, a chunk at a time, in order.
 
     Args:
         rows: Any rows.
         size_bytes: How large they are, about.
-        encoder: Has the method, which takes a list of rows; can be pickled.
-        method: Its name.
+        encoder: Encodes them.
+        method: Which of its methods is meant.
         progress: Told the fraction done, 0 to 1, about three times a second; may raise to end it.
 
     Raises:
@@ -92,30 +114,71 @@ def _chunks(rows: Sequence[Row]) -> Iterator[tuple[int, bytes]]:
         yield len(lines), b"".join(lines)
 
 
-def _alone(rows: Sequence[Row], encoder: Any, method: str) -> Iterator[tuple[int, Made]]:
+def encoded(encoder: Encoder, method: Method, rows: Sequence[Row]) -> Chunk:
+    """Return what becomes of some rows; for `sides` they are preferences."""
+    left_out: Counter[str] = Counter()
+    if method == "encode":
+        of_rows, report = encoder.encode(rows)
+        return Chunk(Packed.of([example for of_row in of_rows for example in of_row]), report, left_out)
+    of_pairs, report = encoder.sides(cast(Sequence[Preference], rows))
+    examples = list[Example]()
+    for chosen, rejected in of_pairs:
+        why = _why_unpaired(chosen, rejected)
+        if why:
+            left_out[why] += 1
+        else:
+            examples += (chosen[0], rejected[0])
+    return Chunk(Packed.of(examples), report, left_out)
+
+
+def _why_unpaired(chosen: Sequence[Example], rejected: Sequence[Example]) -> str:
+    """Return why the examples of both sides are no pair; empty where they are."""
+    if not chosen or not rejected:
+        return "side_left_out"
+    if len(chosen) > 1 or len(rejected) > 1:
+        return "side_split"
+    one, other = (side[0].input_ids[: int(np.argmax(side[0].labels != IGNORED))] for side in (chosen, rejected))
+    return "" if np.array_equal(one, other) else "prompts_differ"
+
+
+def answer(encoder: Encoder, method: Method, lines: bytes) -> tuple[str, Any]:
+    """Return `made` with what becomes of some stored rows, or `failed` with the error as class and words."""
+    try:
+        return "made", encoded(encoder, method, _rows(lines))
+    except JobFailed as error:
+        return "failed", ("JobFailed", (error.kind, str(error), error.advice))
+    except StudioError as error:
+        return "failed", ("BadInput", (str(error),))
+
+
+def _rows(lines: bytes) -> list[Row]:
+    return [unpacked(line) for line in lines.split(b"\n")[:-1]]
+
+
+def _alone(rows: Sequence[Row], encoder: Encoder, method: Method) -> Iterator[tuple[int, Chunk]]:
     if isinstance(rows, tuple | list):
         for start in range(0, len(rows), CHUNK_ROWS):
             chunk = list(rows[start : start + CHUNK_ROWS])
-            yield len(chunk), getattr(encoder, method)(chunk)
+            yield len(chunk), encoded(encoder, method, chunk)
         return
     for count, lines in _chunks(rows):
-        yield count, getattr(encoder, method)([unpacked(line) for line in lines.split(b"\n")[:-1]])
+        yield count, encoded(encoder, method, _rows(lines))
 
 
 class _Pool:
     """Processes that encode; a thread for each talks to it."""
 
-    def __init__(self, encoder: Any, method: str, processes: int) -> None:
+    def __init__(self, encoder: Encoder, method: Method, processes: int) -> None:
         self._begin = pickle.dumps((encoder, method), pickle.HIGHEST_PROTOCOL)
         self._count = processes
         self._processes: list[_Process] = []
         self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
 
-    def made(self, rows: Sequence[Row], progress: Callable[[float], None] | None) -> Iterator[tuple[int, Made]]:
+    def made(self, rows: Sequence[Row], progress: Callable[[float], None] | None) -> Iterator[tuple[int, Chunk]]:
         """Yield (number of rows, what was made of them) in order."""
         threads = ThreadPoolExecutor(self._count, "encode")
         chunks, done = _chunks(rows), 0
-        waiting: deque[tuple[int, Future[Made]]] = deque()
+        waiting: deque[tuple[int, Future[Chunk]]] = deque()
         try:
             for _ in range(self._count):
                 self._processes.append(_Process(self._begin))
@@ -138,7 +201,7 @@ class _Pool:
             for process in self._processes:
                 process.close()
 
-    def _ask(self, lines: bytes) -> Made:
+    def _ask(self, lines: bytes) -> Chunk:
         process = self._idle.get()
         try:
             return process.ask(lines)
@@ -156,7 +219,7 @@ class _Process:
         self._begin = begin
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
-    def ask(self, lines: bytes) -> Made:
+    def ask(self, lines: bytes) -> Chunk:
         """Return what is made of a chunk.
 
         Raises:
@@ -181,8 +244,8 @@ class _Process:
             )
         word, found = pickle.loads(data)  # noqa: S301  from a process that was started here
         if word == "made":
-            made: Made = found
-            return made
+            chunk: Chunk = found
+            return chunk
         kind, words = found
         raise JobFailed(*words) if kind == "JobFailed" else BadInput(*words)
 

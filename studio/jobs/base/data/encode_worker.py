@@ -10,10 +10,7 @@ import pickle
 import signal
 import struct
 import sys
-from typing import IO, Any
-
-from studio.core.errors import JobFailed, StudioError
-from studio.probe.data.stored_rows import unpacked
+from typing import IO
 
 SIZE = struct.Struct("<Q")
 
@@ -39,17 +36,6 @@ def write_frame(file: IO[bytes], data: bytes) -> None:
     file.flush()
 
 
-def answer(encoder: Any, method: str, lines: bytes) -> tuple[str, Any]:
-    """Return `made` with what the encoder makes of some rows, or `failed` with the error as class and words."""
-    rows = [unpacked(line) for line in lines.split(b"\n")[:-1]]
-    try:
-        return "made", getattr(encoder, method)(rows)
-    except JobFailed as error:
-        return "failed", ("JobFailed", (error.kind, str(error), error.advice))
-    except StudioError as error:
-        return "failed", ("BadInput", (str(error),))
-
-
 def main() -> None:
     """Encode until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -58,6 +44,8 @@ def main() -> None:
     # Without torch transformers loads in a second instead of three, and the process takes 110 MB instead of 300.
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
     sys.modules["torch"] = None  # type: ignore[assignment]
+    from studio.jobs.base.data.encode_pool import answer  # noqa: PLC0415  it imports transformers
+
     begin = read_frame(sys.stdin.buffer)
     if begin is None:
         return

@@ -5,6 +5,7 @@ in memory than a batch needs.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, overload
 
@@ -18,8 +19,38 @@ from studio.runs.spool import FileBytes, HeldBytes, Spool
 TOKENS_FILE, LENGTHS_FILE = "tokens.bin", "lengths.bin"
 
 
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Examples as they lie in a file, one after another: the ids of each as int32, then its bits.
+
+    Attributes:
+        content: Their bytes.
+        lengths: Tokens of each, `[examples]`.
+        largest: The largest id.
+    """
+
+    content: bytes
+    lengths: NDArray[np.int32]
+    largest: int
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> Self:
+        """Return examples packed. The labels of each are its ids, or none."""
+        parts, lengths, largest = list[bytes](), list[int](), 0
+        for example in examples:
+            ids = np.ascontiguousarray(example.input_ids, np.int32)
+            parts += (ids.tobytes(), np.packbits(example.labels != IGNORED).tobytes())
+            lengths.append(len(ids))
+            largest = max(largest, int(ids.max(initial=0)))
+        return cls(b"".join(parts), np.array(lengths, np.int32), largest)
+
+    def examples(self) -> "StoredExamples":
+        """Return the examples, each made when it is asked for."""
+        return StoredExamples(HeldBytes(self.content), self.lengths, largest=self.largest)
+
+
 class StoredExamples(Sequence[Example]):
-    """Examples in a file, one after another: the ids of each as int32, then its bits.
+    """Examples in a file, as `Packed` has them.
 
     Attributes:
         lengths: Tokens of each example, `[examples]`.
@@ -68,19 +99,18 @@ class ExampleWriter:
     def __init__(self, scratch: Callable[[], Path]) -> None:
         """Begin with no examples; `scratch` makes the folder for them and may raise OSError."""
         self._spool = Spool(scratch, TOKENS_FILE)
-        self._lengths: list[int] = []
+        self._lengths: list[NDArray[np.int32]] = []
         self.largest = 0
 
-    def add(self, example: Example) -> None:
-        """Take one more example. Its labels are its ids, or none."""
-        ids = np.ascontiguousarray(example.input_ids, np.int32)
-        self._spool.add(ids.tobytes() + np.packbits(example.labels != IGNORED).tobytes())
-        self._lengths.append(len(ids))
-        self.largest = max(self.largest, int(ids.max(initial=0)))
+    def add(self, some: Packed) -> None:
+        """Take more examples."""
+        self._spool.add(some.content)
+        self._lengths.append(some.lengths)
+        self.largest = max(self.largest, some.largest)
 
     def done(self, publish: Callable[[Path], Path]) -> StoredExamples:
         """Return the examples; `publish` is that of `Spool.done`."""
-        lengths = np.array(self._lengths, np.int32)
+        lengths = np.concatenate([np.zeros(0, np.int32), *self._lengths])
         source, _ = self._spool.done({LENGTHS_FILE: lengths.tobytes()}, publish)
         return StoredExamples(source, lengths, largest=self.largest)
 
