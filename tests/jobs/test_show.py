@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -391,3 +392,25 @@ def test_a_run_shows_the_rows_that_it_held_out_itself(model: Path, tmp_path: Pat
     assert own != others
     assert len(own) == len(numbers) == 3
     assert all(any(f"what is {number - 1}<|im_end|>" in text for text in own) for number in numbers)
+
+
+def test_a_model_without_a_template_is_shown_the_plain_one_and_says_so(model: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(model, base)
+    (base / "chat_template.jinja").unlink()
+    session, _ = session_of(base, tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}] * 2)
+    assert session.opened.template == "plain"
+    assert any("has no chat template" in note for note in session.opened.notes)
+    row = session.row(0)
+    assert isinstance(row, RowShown)
+    assert row.examples[0].text == "a\nb<|im_end|>"
+
+
+def test_a_template_that_the_recipe_names_is_shown(model: Path, tmp_path: Path) -> None:
+    template = tmp_path / "mine.jinja"
+    template.write_text("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<|im_end|>{% endfor %}")
+    rows = [{"prompt": "a", "completion": "b"}] * 2
+    session, _ = session_of(model, tmp_path / "rows.jsonl", rows, data__template=str(template))
+    row = session.row(0)
+    assert isinstance(row, RowShown)
+    assert row.examples[0].text == "<user>a<|im_end|><assistant>b<|im_end|>"
