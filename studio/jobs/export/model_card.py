@@ -146,7 +146,7 @@ def _figures(training: Training) -> list[str]:
         if data.last_answer_only:
             learnt += ", the last of each conversation"
         if takes_pairs(recipe.train.objective):
-            learnt = f"pairs of answers: which one is preferred ({recipe.train.objective}, beta {recipe.train.beta:g})"
+            learnt = f"preferences between two answers ({recipe.train.objective}, beta {recipe.train.beta:g})"
         names = ", ".join(word if hub_word(word) else Path(word).name for word in recipe.data.words)
         rows.append(f"- data: {plain(names, one_line=True)}, {learnt} learnt")
     if history.planned:
