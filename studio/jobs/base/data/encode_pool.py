@@ -7,6 +7,7 @@ processes import no torch and are not forked, since this one may have threads an
 import os
 import pickle
 import queue
+import struct
 import subprocess
 import sys
 from collections import Counter, deque
@@ -15,12 +16,11 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal, cast
+from typing import IO, Any, Literal, cast
 
 import numpy as np
 
 from studio.core.errors import BadInput, JobFailed, StudioError
-from studio.jobs.base.data.encode_worker import read_frame, write_frame
 from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.row_report import RowReport
 from studio.jobs.base.data.rows import Encoder, Example
@@ -40,6 +40,7 @@ _AHEAD = 3
 """Chunks that are given to each process before the first one is taken back."""
 _WORKER = "studio.jobs.base.data.encode_worker"
 _POLL_SECONDS = 0.3
+_SIZE = struct.Struct("<Q")
 
 Method = Literal["encode", "sides"]
 """Of an encoder: `encode` for the examples of each row, `sides` for those of both sides of pairs."""
@@ -163,6 +164,27 @@ def _alone(rows: Sequence[Row], encoder: Encoder, method: Method) -> Iterator[tu
         return
     for count, lines in _chunks(rows):
         yield count, encoded(encoder, method, _rows(lines))
+
+
+def read_frame(file: IO[bytes]) -> bytes | None:
+    """Return the bytes that `write_frame` has written at the other end; None at its end."""
+    head = file.read(_SIZE.size)
+    if len(head) < _SIZE.size:
+        return None
+    (size,) = _SIZE.unpack(head)
+    data = file.read(size)
+    return data if len(data) == size else None
+
+
+def write_frame(file: IO[bytes], data: bytes) -> None:
+    """Write bytes with their number before them.
+
+    Raises:
+        OSError: The other end is closed.
+    """
+    file.write(_SIZE.pack(len(data)))
+    file.write(data)
+    file.flush()
 
 
 class _Pool:
