@@ -96,7 +96,7 @@ class RunPaths:
     @property
     def template(self) -> Path:
         """The chat template that the recipe named at the run's first start; written by the training job."""
-        return self.root / "chat_template.jinja"
+        return self.root / "template.jinja"
 
     @property
     def report(self) -> Path:
