@@ -8,6 +8,7 @@ import inspect
 from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cache, partial
 from importlib.metadata import version
@@ -113,8 +114,9 @@ def _encoded(
     key = f"tokens-{sum_of_bytes(repr((_sum_of_rows(rows), _sum_of_encoder(encoder), method)).encode())}"
     if entry := find_entry(key, (lambda done, total: progress(0.0)) if progress else None):
         facts = entry.facts
-        kept = StoredExamples.opened(entry.folder, largest=facts["largest"], recalled=True)
-        return kept, RowReport.of(facts["report"]), Counter(facts["left_out"])
+        with suppress(OSError):  # removed just now
+            kept = StoredExamples.opened(entry.folder, largest=facts["largest"], recalled=True)
+            return kept, RowReport.of(facts["report"]), Counter(facts["left_out"])
     writer = ExampleWriter(lambda: scratch_entry(key, size_bytes))
     try:
         for chunk in chunks():
