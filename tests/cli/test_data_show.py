@@ -56,6 +56,16 @@ def test_rows_in_words_and_rows_that_are_not_there(cli: Cli, model: str) -> None
         assert said in outcome.err
 
 
+def test_pairs_are_shown_as_what_they_are_unless_something_else_is_asked_for(cli: Cli, model: str) -> None:
+    Path("pairs.jsonl").write_text(json.dumps({"prompt": "what", "chosen": "this", "rejected": "that"}) + "\n")
+    outcome = cli("data", "show", "pairs.jsonl", "--model", model, "--json")
+    assert outcome.code == 0
+    learnt = [row["text"][begin:end] for row in outcome.document["rows"] for begin, end in row["trained"]]
+    assert learnt == ["this<|im_end|>", "that<|im_end|>"]
+    refused = cli("data", "show", "pairs.jsonl", "--model", model, "--set", "train.objective=sft")
+    assert (refused.code, "found a preferred and a rejected answer" in refused.out) == (1, True)
+
+
 def test_without_a_model_it_says_so(cli: Cli, model: str) -> None:
     outcome = cli("data", "show", "rows.jsonl")
     assert (outcome.code, "Name it with --model" in outcome.err) == (2, True)
