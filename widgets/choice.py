@@ -13,16 +13,24 @@ from textual.strip import Strip
 from textual.widget import Widget
 
 _BEFORE, _AFTER = "◂ ", " ▸"
+_OF_EDITING = ("accept", "edit", "restore")
 
 
 class Choice(Widget, can_focus=True):
-    """A choice between options. `Changed` is posted for the user's turns only."""
+    """A choice between options. `Changed` is posted for the user's turns only.
+
+    The arrows turn it at once. Enter begins to edit: the arrows turn, enter accepts that, and escape brings the option
+    of before back.
+    """
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("left", "turn(-1)", "Before", show=False),
-        Binding("right,space,enter", "turn(1)", "Next", show=False),
+        Binding("right,space", "turn(1)", "Next", show=False),
         Binding("home", "turn_to(0)", "First", show=False),
         Binding("end", "turn_to(-1)", "Last", show=False),
+        Binding("enter", "accept", "Accept"),
+        Binding("enter", "edit", "Edit"),
+        Binding("escape", "restore", "Cancel"),
     ]
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {"choice--label", "choice--chosen", "choice--other", "choice--note"}
@@ -39,6 +47,7 @@ class Choice(Widget, can_focus=True):
             & > .choice--label { text-style: bold; }
             & > .choice--chosen { color: $accent; text-style: bold; }
         }
+        &.-editing, &.-editing:focus { background: $primary 30%; }
     }
     """
 
@@ -46,15 +55,18 @@ class Choice(Widget, can_focus=True):
     """The chosen option's value."""
     note: reactive[str] = reactive("")
     """A few words after the options."""
+    editing: reactive[bool] = reactive(False)
+    """Whether escape brings the option of before back."""
 
     class Changed(Message):
         """The user chose another option."""
 
-        def __init__(self, choice: "Choice", value: str) -> None:
-            """Carry the new value."""
+        def __init__(self, choice: "Choice", value: str, *, step: bool) -> None:
+            """Carry the new value, and whether it is one of several that an edit may come to."""
             super().__init__()
             self.choice = choice
             self.value = value
+            self.step = step
 
         @property
         def control(self) -> "Choice":
@@ -81,6 +93,7 @@ class Choice(Widget, can_focus=True):
         super().__init__(id=id, classes=classes)
         self._label, self._label_width = label, label_width
         self._options = tuple(options)
+        self._before = value
         self.set_reactive(Choice.value, value)
 
     def render_line(self, y: int) -> Strip:
@@ -116,6 +129,32 @@ class Choice(Widget, can_focus=True):
                 return
             position -= cell_len(text)
 
+    def watch_editing(self, editing: bool) -> None:
+        """Show the state, and other keys in the footer."""
+        self.set_class(editing, "-editing")
+        self.refresh_bindings()
+
+    def on_blur(self) -> None:
+        """Stay with the option that the edit has come to."""
+        self.editing = False
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Act on the keys of editing only while edited."""
+        return self.editing != (action == "edit") if action in _OF_EDITING else True
+
+    def action_edit(self) -> None:
+        """Begin to edit."""
+        self._before, self.editing = self.value, True
+
+    def action_accept(self) -> None:
+        """Stay with the option that the edit has come to."""
+        self.editing = False
+
+    def action_restore(self) -> None:
+        """Go back to the option from before the editing."""
+        self._turn(self._before)
+        self.editing = False
+
     def action_turn(self, direction: int) -> None:
         """Choose the next option or the one before; after the last comes the first."""
         values = [value for value, _ in self._options]
@@ -129,4 +168,4 @@ class Choice(Widget, can_focus=True):
     def _turn(self, value: str) -> None:
         if value != self.value:
             self.value = value
-            self.post_message(self.Changed(self, value))
+            self.post_message(self.Changed(self, value, step=self.editing))

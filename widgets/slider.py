@@ -26,13 +26,17 @@ _CHARACTERS = (
 """Keys with which a number is typed, by Textual's names. All are bindings: where a slow line delivers several keys
 together, a key that a handler takes comes before the bindings of the keys typed before it."""
 _BEGINS = frozenset("0123456789.")
-_WHILE_TYPING = ("take_typed", "forget_typed", "untype")
+_WHILE_EDITED = ("take_typed", "forget_typed", "untype")
 _LEAST_TRACK = 5
 _LEFT_BUTTON = 1
 
 
 class Slider(Widget, can_focus=True):
-    """A value on a scale. `Changed` is posted for the user's turns only, never for a value set by the program."""
+    """A value on a scale. `Changed` is posted for the user's turns only, never for a value set by the program.
+
+    The arrows turn it at once. Enter begins to edit: a value can be typed, and arrows and wheel turn; enter accepts
+    that, and escape brings the value of before back. A digit begins to edit, too.
+    """
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("left", "turn(-1)", "Less", show=False),
@@ -42,7 +46,7 @@ class Slider(Widget, can_focus=True):
         Binding("home", "turn_to_end(-1)", "Least", show=False),
         Binding("end", "turn_to_end(1)", "Most", show=False),
         Binding("enter", "take_typed", "Accept"),
-        Binding("enter", "begin_typing", "Type", show=False),
+        Binding("enter", "edit", "Edit"),
         Binding("escape", "forget_typed", "Cancel"),
         Binding("backspace", "untype", "Undo the last character", show=False),
         *(Binding(key, f"type('{character}')", character, show=False) for key, character in _CHARACTERS),
@@ -82,16 +86,17 @@ class Slider(Widget, can_focus=True):
     note: reactive[str] = reactive("")
     """A few words after the value."""
     typed: reactive[str | None] = reactive[str | None](None)
-    """What the user has typed so far, or None while not typing."""
+    """What the user has typed so far, empty when an edit has just begun, or None while it is not edited."""
 
     class Changed(Message):
         """The user turned the slider."""
 
-        def __init__(self, slider: "Slider", value: float) -> None:
-            """Carry the new value."""
+        def __init__(self, slider: "Slider", value: float, *, step: bool) -> None:
+            """Carry the new value, and whether it was turned to by a step or a drag rather than typed."""
             super().__init__()
             self.slider = slider
             self.value = value
+            self.step = step
 
         @property
         def control(self) -> "Slider":
@@ -129,6 +134,7 @@ class Slider(Widget, can_focus=True):
         self._label, self._whole, self._show = label, whole, show
         self._label_width, self._value_width = label_width, value_width
         self._refused = self._dragged = False
+        self._before = value
         self.set_reactive(Slider.value, value)  # calls no watcher and paints nothing: there is no screen yet
 
     def render_line(self, y: int) -> Strip:
@@ -149,7 +155,7 @@ class Slider(Widget, can_focus=True):
         if self.typed is None:
             value, name, note = self._show(self.value), "value", self.note
         else:
-            value, name = f"{self.typed}▏", "refused" if self._refused else "value"
+            value, name = f"{self.typed or self._show(self.value)}▏", "refused" if self._refused else "value"
             note = f"{self._show(self.scale.low)} to {self._show(self.scale.high)}"
         segments.append(Segment(value.ljust(self._value_width), style(f"slider--{name}")))
         segments.append(Segment(note, style("slider--note")))
@@ -166,7 +172,7 @@ class Slider(Widget, can_focus=True):
         self.typed = None
 
     def watch_typed(self, before: str | None, typed: str | None) -> None:
-        """Show other keys in the footer while a value is typed."""
+        """Show other keys in the footer while it is edited."""
         if (before is None) != (typed is None):
             self.refresh_bindings()
 
@@ -194,48 +200,49 @@ class Slider(Widget, can_focus=True):
         self._dragged = False
 
     def on_mouse_scroll_up(self, event: events.MouseScrollUp) -> None:
-        """Turn up while focused; otherwise the wheel scrolls the container of the slider."""
-        if self.has_focus:
+        """Turn up while edited; otherwise the wheel scrolls the container of the slider."""
+        if self.typed is not None:
             event.stop()
             self.action_turn(1)
 
     def on_mouse_scroll_down(self, event: events.MouseScrollDown) -> None:
-        """Turn down while focused."""
-        if self.has_focus:
+        """Turn down while edited."""
+        if self.typed is not None:
             event.stop()
             self.action_turn(-1)
 
     def check_consume_key(self, key: str, character: str | None) -> bool:
-        """Keep letters from starting anything while a value is typed."""
+        """Keep letters from starting anything while it is edited."""
         return self.typed is not None and character is not None and character.isprintable()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Act on the keys of typing only while a value is typed, and on turning keys only while none is."""
+        """Act on the keys of editing only while edited."""
         if self.typed is None:
-            return action not in _WHILE_TYPING and (action != "type" or parameters[0] in _BEGINS)
-        return action != "begin_typing"
+            return action not in _WHILE_EDITED and (action != "type" or parameters[0] in _BEGINS)
+        return action != "edit"
 
     def action_turn(self, stops: int) -> None:
-        """Turn by stops; not while a value is typed."""
-        if self.typed is not None:
-            return
-        self._turn(self.scale.turned(self.value, stops))
+        """Turn by stops; not once a value is being typed."""
+        if not self.typed:
+            self._turn(self.scale.turned(self.value, stops))
 
     def action_turn_coarse(self, direction: int) -> None:
         """Turn by a fifth of all stops."""
         self.action_turn(direction * self.scale.coarse)
 
     def action_turn_to_end(self, direction: int) -> None:
-        """Turn to the first or the last stop."""
-        if self.typed is None:
+        """Turn to the first or the last stop; not once a value is being typed."""
+        if not self.typed:
             self._turn(self.scale.stops[-1 if direction > 0 else 0])
 
-    def action_begin_typing(self) -> None:
-        """Begin to type a value."""
-        self.typed, self._refused = "", False
+    def action_edit(self) -> None:
+        """Begin to edit."""
+        self._before, self.typed, self._refused = self.value, "", False
 
     def action_type(self, character: str) -> None:
-        """Type a character."""
+        """Type a character; the first one begins to edit."""
+        if self.typed is None:
+            self.action_edit()
         self.typed, self._refused = (self.typed or "") + character, False
 
     def action_untype(self) -> None:
@@ -243,8 +250,9 @@ class Slider(Widget, can_focus=True):
         self.typed, self._refused = (self.typed or "")[:-1], False
 
     def action_forget_typed(self) -> None:
-        """Show the value again."""
+        """Go back to the value from before the editing."""
         self.typed = None
+        self._turn(self._before)
 
     def action_take_typed(self) -> None:
         """Turn to the typed value; one outside the limits stays on show, marked as refused, beside the limits."""
@@ -258,7 +266,7 @@ class Slider(Widget, can_focus=True):
             self.typed = None
         elif sound:
             self.typed = None
-            self._turn(value)
+            self._turn(value, step=False)
         else:
             self._refused = True
             self.refresh()
@@ -269,7 +277,7 @@ class Slider(Widget, can_focus=True):
         if length > 1:
             self._turn(self.scale.nearest((x - begin) / (length - 1)))
 
-    def _turn(self, value: float) -> None:
+    def _turn(self, value: float, *, step: bool = True) -> None:
         if value != self.value:
             self.value = value
-            self.post_message(self.Changed(self, value))
+            self.post_message(self.Changed(self, value, step=step))

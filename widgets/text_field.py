@@ -38,6 +38,14 @@ class TextLine(Input):
     editing: reactive[bool] = reactive(False)
     """Whether letters are typed into it."""
 
+    class Left(Message):
+        """The user went elsewhere while editing."""
+
+        def __init__(self, value: str) -> None:
+            """Carry the text as it was left."""
+            super().__init__()
+            self.value = value
+
     def __init__(self, value: str = "", **input_options: Any) -> None:
         """Hold `value`; options are those of `Input`."""
         super().__init__(value, compact=True, select_on_focus=False, **input_options)
@@ -78,8 +86,9 @@ class TextLine(Input):
 
     def _on_blur(self, event: events.Blur) -> None:
         """End the editing when the line is left, but not when the whole terminal loses the focus."""
-        if self.app.app_focus:
+        if self.app.app_focus and self.editing:
             self.editing = False
+            self.post_message(self.Left(self.value))
 
     def _restart_blink(self) -> None:
         """Show a cursor only while edited."""
@@ -182,10 +191,10 @@ class TextField(Horizontal):
         event.stop()
         self._finish(event.value)
 
-    def on_descendant_blur(self, _: events.DescendantBlur) -> None:
-        """Take the text on leaving."""
-        if self.app.app_focus:
-            self._finish(self.line.value)
+    def on_text_line_left(self, event: TextLine.Left) -> None:
+        """Take the text on leaving the line in the middle of an edit; a line that is only passed stays as it is."""
+        event.stop()
+        self._finish(event.value)
 
     @property
     def line(self) -> TextLine:

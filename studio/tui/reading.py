@@ -50,15 +50,21 @@ def reading_of(outlook: Outlook | str) -> Reading:
     )
 
 
-def peak_words(outlook: Outlook, device: PlanDevice) -> list[str]:
-    """Return the lines below the gauge: in which stage the peak is, what is left, which card is meant, any doubts."""
+def peak_words(outlook: Outlook, device: PlanDevice, *, keys: bool = True) -> list[str]:
+    """Return the lines below the gauge: in which stage the peak is, what is left, which card is meant, any doubts.
+
+    Args:
+        outlook: What the recipe needs.
+        device: The card that is meant.
+        keys: Whether to name the key that plans for another card.
+    """
     stage = STAGES.get(outlook.estimate.stage, outlook.estimate.stage)
     room = ""
     if outlook.budget_bytes is not None:
         left = outlook.estimate.headroom_bytes(outlook.budget_bytes)
         room = f", {gib(left)} GiB free" if left >= 0 else f", {gib(-left)} GiB over"
     notes = [plain(note, one_line=True) for note in outlook.estimate.notes[:_MOST_NOTES]]
-    return [f"Estimated peak {stage}{room}; rows taken as full.", device_words(device), *notes]
+    return [f"Estimated peak {stage}{room}; rows taken as full.", device_words(device, keys=keys), *notes]
 
 
 def process_words(process: CardProcess) -> str:
@@ -77,14 +83,14 @@ def others_words(card: Card) -> str:
     return ", ".join(words[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def device_words(device: PlanDevice) -> str:
-    """Return which card the estimate is for."""
+def device_words(device: PlanDevice, *, keys: bool = True) -> str:
+    """Return which card the estimate is for, and where `keys` is true the key that plans for another."""
     if device.gpu is None:
-        return "This run has no NVIDIA card: g plans for one."
+        return f"This run has no NVIDIA card{': g plans for one' if keys else ''}."
     name = plain(device.gpu.name, one_line=True, limit=60)
     total = f"{gib(device.gpu.total_bytes)} GiB"
     if device.card is None:
-        return f"Planned for {name}, {total}, with nothing else on it; g changes it."
+        return f"Planned for {name}, {total}, with nothing else on it{'; g changes it' if keys else ''}."
     used = device.card.used_bytes
     others = f", {gib(used)} used by {others_words(device.card)}" if used else ""
-    return f"On this {name}, {total}{others}; g plans for another."
+    return f"On this {name}, {total}{others}{'; g plans for another' if keys else ''}."

@@ -58,7 +58,11 @@ def play(story: Story, size: tuple[int, int] = (80, 6)) -> None:
     [
         (["right"], ["lora"]),
         (["left"], ["lora"]),
-        (["space", "enter"], ["lora", "qlora"]),
+        (["space", "space"], ["lora", "qlora"]),
+        (["enter"], []),
+        (["enter", "right", "escape"], ["lora", "qlora"]),
+        (["enter", "right", "enter", "escape"], ["lora"]),
+        (["enter", "right", "tab", "shift+tab", "escape"], ["lora"]),
         (["home"], ["lora"]),
         (["end"], []),
     ],

@@ -158,8 +158,12 @@ def test_while_a_value_is_typed_letters_start_nothing_and_the_keys_below_are_tho
     play(story)
 
 
-def test_the_wheel_turns_only_with_focus() -> None:
+def test_the_wheel_turns_only_what_is_edited() -> None:
     async def story(pilot: Pilot[None], app: Host) -> None:
+        await pilot._post_mouse_events([events.MouseScrollUp], Slider, offset=(30, 0))
+        await pilot.pause()
+        assert app.turns == [], "the focus alone may have come in passing"
+        await pilot.press("enter")
         await pilot._post_mouse_events([events.MouseScrollUp], Slider, offset=(30, 0))
         await pilot.pause()
         assert app.turns == [32]
@@ -168,6 +172,19 @@ def test_the_wheel_turns_only_with_focus() -> None:
         await pilot._post_mouse_events([events.MouseScrollUp], Slider, offset=(30, 0))
         await pilot.pause()
         assert app.turns == [32]
+
+    play(story)
+
+
+def test_escape_brings_back_what_arrows_and_digits_changed_in_an_edit() -> None:
+    async def story(pilot: Pilot[None], app: Host) -> None:
+        await pilot.press("right", "enter", "right", "right")
+        assert (app.turns, app.slider.value) == ([32, 64, 128], 128)
+        assert "128▏" in app.slider.render_line(0).text
+        await pilot.press("4", "right", "escape")
+        assert (app.turns, app.slider.value) == ([32, 64, 128, 32], 32)
+        await pilot.press("enter", "right", "enter", "escape", "4", "escape")
+        assert (app.turns[4:], app.slider.value) == ([64], 64)
 
     play(story)
 

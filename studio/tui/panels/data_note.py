@@ -23,6 +23,7 @@ _KEEP_SECONDS = 60.0
 """How long the process is kept after it has added up all rows: another row length needs no second look then."""
 _NAME_CELLS = 28
 _CUT = "train.seq_len"
+_UNSEEN = Content.styled("cannot be looked at", "$text-warning")
 _GROUND = ("model.base", "model.revision", "model.trust_remote_code", "eval.rows", "train.seed", "train.objective")
 
 
@@ -58,6 +59,7 @@ class DataNote(Static):
         self._opened: Any = None
         self._timer: Timer | None = None
         self._end_timer: Timer | None = None
+        self._words, self._keys_named = Content(""), True
 
     def on_mount(self) -> None:
         """Look soon."""
@@ -92,6 +94,12 @@ class DataNote(Static):
                 self._looked = ()
                 self._look_soon()
 
+    def name_keys(self, named: bool) -> None:
+        """Name the key that shows the rows, or do not while letters go into a field."""
+        if named != self._keys_named:
+            self._keys_named = named
+            self._tell(self._words)
+
     def on_data_note_heard(self, message: Heard) -> None:
         """Say the worst of what the process has found so far."""
         from studio.runs.show import Opened, ShowFailed, Summary  # noqa: PLC0415  not needed for the first frame
@@ -109,7 +117,7 @@ class DataNote(Static):
                 self._end_later()
         elif isinstance(event, ShowFailed) and event.fatal:
             # What is wrong is said by the check before a run, and by the screen of the data; here is room for a word.
-            self._tell(Content.styled("cannot be looked at: d says why", "$text-warning"))
+            self._tell(_UNSEEN)
             self._end()
 
     def _look_soon(self) -> None:
@@ -135,9 +143,14 @@ class DataNote(Static):
             process.close()
 
     def _tell(self, words: Content) -> None:
+        self._words = words
         sources = self._recipe.data.sources
         name = f"{len(sources)} sources" if sources else plain_path(str(self._recipe.data.path), _NAME_CELLS)
-        shown = words or Content.styled("d shows the rows as the model reads them", "dim")
+        shown = words
+        if self._keys_named and words == _UNSEEN:
+            shown = words + Content.styled(": d says why", "$text-warning")
+        elif self._keys_named and not words:
+            shown = Content.styled("d shows the rows as the model reads them", "dim")
         text = Content.assemble(("Data ", "bold"), (f"{name}  ", "dim"), shown)
         if text != self.content:
             self.update(text, layout=False)

@@ -10,6 +10,9 @@ from studio.core.text import plain
 from studio.core.value_kinds import Number
 from studio.tui.panels.recipe_form import options_of
 
+_EDITED = "Enter edits it; then enter accepts it, and escape cancels."
+_TURNED = f"The arrows turn it. {_EDITED}"
+
 
 class FieldHelp(Static):
     """Shows what is going on and what is wrong; below that, it explains the current field."""
@@ -67,7 +70,7 @@ def field_help_text(path: str, problems: Sequence[str], busy: str) -> Content:
         if field.cost:
             parts.append(f"{field.cost}\n")
         if isinstance(field.kind, Number):
-            parts.append((f"{field.kind.allowed}. Type a number, or turn with the arrows.\n", "dim"))
-        elif not options_of(path):
-            parts.append(("Enter edits it; then enter accepts it, and escape cancels.\n", "dim"))
+            parts.append((f"{field.kind.allowed}. ", "dim"))
+        turned = options_of(path) or (isinstance(field.kind, Number) and field.kind.stops)
+        parts.append((f"{_TURNED}\n" if turned else f"{_EDITED}\n", "dim"))
     return Content.assemble(*parts)

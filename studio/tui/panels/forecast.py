@@ -88,6 +88,8 @@ class Forecast(VerticalScroll):
         self._price_timer: Timer | None = None
         self.forecaster: Forecaster | None = None
         self._reason = _READING
+        self._keys_named = True
+        self._fixes: tuple[list[Fix], Fix | None] = [], None
 
     def compose(self) -> ComposeResult:
         """Make the parts: gauge, words, what makes it fit, table, what else would help, footnote."""
@@ -128,6 +130,18 @@ class Forecast(VerticalScroll):
             self.forecaster, self._reason = None, _READING
             self.look()
         self._show()
+
+    def name_keys(self, named: bool) -> None:
+        """Name the keys that help, or do not while letters go into a field."""
+        if named != self._keys_named:
+            self._keys_named = named
+            if self.forecaster is not None:
+                from studio.tui.forecast import outlook_or_reason  # noqa: PLC0415  with the estimator
+
+                outlook = outlook_or_reason(self.forecaster, self._recipe)
+                if not isinstance(outlook, str):
+                    self._show_peak(outlook, self.forecaster)
+                self._show_fixes(*self._fixes)
 
     def on_forecast_ready(self, message: Ready) -> None:
         """Estimate with what was found, unless something else is wanted by now: a hub may answer late."""
@@ -195,13 +209,17 @@ class Forecast(VerticalScroll):
     def _show_words(self, recipe: Recipe, outlook: "Outlook", forecaster: "Forecaster") -> None:
         if recipe is not self._recipe or forecaster is not self.forecaster:  # it was turned again since the last frame
             return
-        from studio.tui.reading import peak_words  # noqa: PLC0415  with the estimator
-        from studio.tui.trade import sides_of  # noqa: PLC0415
+        from studio.tui.trade import sides_of  # noqa: PLC0415  with the estimator
 
-        self._update("#peak", Content("\n".join(peak_words(outlook, forecaster.device))))
+        self._show_peak(outlook, forecaster)
         if outlook.verdict in (None, "fits"):
             self._show_fixes([], None)
         self._show_table(sides_of(recipe, forecaster, batches=False), waiting=True)
+
+    def _show_peak(self, outlook: "Outlook", forecaster: "Forecaster") -> None:
+        from studio.tui.reading import peak_words  # noqa: PLC0415  with the estimator
+
+        self._update("#peak", Content("\n".join(peak_words(outlook, forecaster.device, keys=self._keys_named))))
 
     def _show_reason(self, reason: str) -> None:
         self._show_reading(Reading(verdict=plain(reason, one_line=True, limit=200)))
@@ -233,11 +251,12 @@ class Forecast(VerticalScroll):
         self._update("#footnote", Content(footnote(sides)))
 
     def _show_fixes(self, fixes: "list[Fix]", first: "Fix | None") -> None:
+        self._fixes = fixes, first
         self.query(".fixes").set_class(bool(fixes), "-shown")
         if fixes:
             from studio.tui.panels.forecast_text import first_fix_text, other_fixes_text  # noqa: PLC0415  as above
 
-            self._update("#first-fix", first_fix_text(first))
+            self._update("#first-fix", first_fix_text(first, key=self._keys_named))
             self._update("#other-fixes", other_fixes_text(fixes, first))
 
     def _update(self, name: str, text: Content) -> None:

@@ -38,11 +38,11 @@ def table_text(sides: dict[Method, Side], method: Method, *, waiting: bool) -> C
     return Content.assemble(*parts)
 
 
-def first_fix_text(first: Fix | None) -> Content:
-    """Return what `f` does, with its price."""
+def first_fix_text(first: Fix | None, *, key: bool = True) -> Content:
+    """Return what `f` does, with its price; the key is named where `key` is true."""
     if first is None:
-        return Content.assemble(_first_line(first))
-    return Content.assemble(_first_line(first), f"{first.words}\n    {_saving(first)}; {first.price}\n")
+        return Content.assemble(_first_line(first, key=key))
+    return Content.assemble(_first_line(first, key=key), f"{first.words}\n    {_saving(first)}; {first.price}\n")
 
 
 def other_fixes_text(fixes: Sequence[Fix], first: Fix | None) -> Content:
@@ -132,10 +132,11 @@ def question_before_launch(recipe: Recipe, services: Services, planned: str = ""
     return over_budget_text(outlook, forecaster.device, first, spills=services.spills())
 
 
-def _first_line(first: Fix | None) -> tuple[str, str]:
+def _first_line(first: Fix | None, *, key: bool) -> tuple[str, str]:
     if first is None:
         return "Nothing here makes it fit: take a smaller model or a larger card.\n", "$text-error bold"
-    return ("f makes it fit: " if first.verdict == "fits" else "f comes close: "), "$text-success bold"
+    result = "makes it fit: " if first.verdict == "fits" else "comes close: "
+    return f"{'f' if key else 'This'} {result}", "$text-success bold"
 
 
 def _saving(fix: Fix) -> str:

@@ -1,6 +1,7 @@
 """All fields of a recipe, each in one row: sliders, choices, texts."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, ClassVar
 
 from textual import events
@@ -19,7 +20,7 @@ from studio.tui.readable import setting
 from widgets.choice import Choice
 from widgets.scale import stops_scale
 from widgets.slider import Slider
-from widgets.text_field import TextField
+from widgets.text_field import TextField, TextLine
 
 SHOWN = {"lora": "LoRA 16-bit", "qlora": "QLoRA 4-bit"}
 """What is shown for a choice whose word says too little."""
@@ -50,11 +51,12 @@ class RecipeForm(VerticalScroll):
     class Turned(Message):
         """The user gave a field another value. A typed text that is no such value is passed on as text."""
 
-        def __init__(self, path: str, value: Any) -> None:
-            """Carry the field's path and its new value."""
+        def __init__(self, path: str, value: Any, *, step: bool) -> None:
+            """Carry the field's path and its new value, and whether it is a step that others may follow."""
             super().__init__()
             self.path = path
             self.value = value
+            self.step = step
 
     class Reached(Message):
         """The user came to a field."""
@@ -105,6 +107,33 @@ class RecipeForm(VerticalScroll):
             elif FIELDS[path].pairs:
                 field.display = takes_pairs(recipe.train.objective)
 
+    @property
+    def editing(self) -> bool:
+        """Whether a field is being edited."""
+        focused = self.screen.focused
+        return self.typing or (isinstance(focused, Choice) and focused.editing)
+
+    @property
+    def typing(self) -> bool:
+        """Whether letters and digits go into a field, so that as keys they do nothing else."""
+        focused = self.screen.focused
+        if isinstance(focused, Slider):
+            return focused.typed is not None
+        return isinstance(focused, TextLine) and focused.editing
+
+    def after_turns(self, then: Callable[[], None]) -> None:
+        """Call `then` once everything has been told that the user has turned so far.
+
+        Several keys may come in one read, as a slow line delivers them, and a turn is told by messages. What follows
+        it goes the same way, from widget to widget. Each widget is passed twice, because some answer a message with
+        one of their own.
+        """
+        start: Widget = self.screen.focused or self
+        call: Callable[[], object] = then
+        for node in reversed([node for node in start.ancestors_with_self if isinstance(node, Widget)]):
+            call = partial(node.call_later, partial(node.call_later, call))
+        call()
+
     def turn_method(self) -> None:
         """Turn the method as if the user had done it in its row."""
         method = self._fields["method"]
@@ -120,19 +149,19 @@ class RecipeForm(VerticalScroll):
         """Tell that a slider was turned."""
         message.stop()
         path = _path_of(message.slider)
-        self.post_message(self.Turned(path, FIELDS[path].kind.shaped(float(message.value))))
+        self.post_message(self.Turned(path, FIELDS[path].kind.shaped(float(message.value)), step=message.step))
 
     def on_choice_changed(self, message: Choice.Changed) -> None:
         """Tell that a choice was turned."""
         message.stop()
         path = _path_of(message.choice)
-        self.post_message(self.Turned(path, FIELDS[path].kind.read(message.value)))
+        self.post_message(self.Turned(path, FIELDS[path].kind.read(message.value), step=message.step))
 
     def on_text_field_changed(self, message: TextField.Changed) -> None:
         """Tell that a text was finished."""
         message.stop()
         path = _path_of(message.field)
-        self.post_message(self.Turned(path, FIELDS[path].kind.read(message.value.strip())))
+        self.post_message(self.Turned(path, FIELDS[path].kind.read(message.value.strip()), step=False))
 
     def on_descendant_focus(self, event: events.DescendantFocus) -> None:
         """Tell which field the user came to."""
@@ -173,6 +202,8 @@ def _field(path: str, recipe: Recipe) -> Slider | Choice | TextField:
 
 def _set(field: Slider | Choice | TextField, path: str, value: Any) -> None:
     """Show a value. A text in place of a number, as a user may type it, is shown by text fields only."""
+    if isinstance(field, Choice):
+        field.editing = False  # escape must not bring back what was before another recipe came
     if not isinstance(field, Slider):
         field.value = _text(path, value)
     elif isinstance(value, (int, float)):

@@ -1,8 +1,9 @@
 """The configure screen: shows the recipe, lets the user change each field of it, and starts it."""
 
 import contextlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
 from textual import work
 from textual.app import ComposeResult
@@ -11,14 +12,16 @@ from textual.containers import Container
 from textual.content import Content
 from textual.message import Message
 from textual.screen import Screen
+from textual.timer import Timer
 from textual.worker import get_current_worker
 
 from studio.core.errors import StudioError
-from studio.core.recipe import FIELDS, Recipe
+from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.runs.last_recipe import LastRecipe, RecipeSource, sound_part
 from studio.runs.layout import RunPaths
 from studio.tui.asks import OpenRun, ShowAudits, ShowData, ShowRuns, ShowSetup
+from studio.tui.changes import Change, Changes
 from studio.tui.panels.data_note import DataNote
 from studio.tui.panels.field_help import FieldHelp
 from studio.tui.panels.forecast import Forecast
@@ -32,10 +35,6 @@ from studio.tui.told import Abandoned, ReadingTold
 from widgets.gauge import Gauge
 from widgets.key_footer import KeyFooter
 
-if TYPE_CHECKING:
-    from textual.timer import Timer
-
-
 _CHECKING = "Checking recipe, model and data, then starting ..."
 _FIRST_FIELD = "adapter.rank"
 _KEEP_AFTER_SECONDS = 1.0
@@ -48,7 +47,8 @@ class ConfigureScreen(Screen[None]):
         Binding("r", "launch", "Run"),
         Binding("m", "turn_method", "LoRA/QLoRA"),
         Binding("f", "make_fit", "Fit"),
-        Binding("u", "undo_fit", "Undo"),
+        Binding("u", "undo", "Undo"),
+        Binding("ctrl+r", "redo", "Redo"),
         Binding("g", "choose_card", "Card"),
         Binding("v", "turn_view", "Memory"),
         Binding("d", "show_data", "Data"),
@@ -83,30 +83,24 @@ class ConfigureScreen(Screen[None]):
     }
     """
 
+    @dataclass
     class Refused(Message):
-        """The checks found why the recipe cannot run."""
+        """The checks found why the recipe cannot run: the reasons, line by line."""
 
-        def __init__(self, reason: str) -> None:
-            """Carry the reason, line by line."""
-            super().__init__()
-            self.reason = reason
+        reason: str
 
+    @dataclass
     class Launched(Message):
         """A run was started."""
 
-        def __init__(self, paths: RunPaths) -> None:
-            """Carry the run."""
-            super().__init__()
-            self.paths = paths
+        paths: RunPaths
 
+    @dataclass
     class OverBudget(Message):
-        """The recipe does not fit this machine's card."""
+        """The recipe does not fit this machine's card: what to ask before it is launched all the same."""
 
-        def __init__(self, recipe: Recipe, question: Content) -> None:
-            """Carry the recipe and the question to ask."""
-            super().__init__()
-            self.recipe = recipe
-            self.question = question
+        recipe: Recipe
+        question: Content
 
     def __init__(
         self, recipe: Recipe, *, runs_root: Path, services: Services, source: RecipeSource | None = None
@@ -119,7 +113,9 @@ class ConfigureScreen(Screen[None]):
         self._source, self._sound = source, recipe
         self._launching = False
         self._keep_timer: Timer | None = None
-        self._undo: tuple[tuple[str, Any], ...] = ()
+        self._form, self._forecast = RecipeForm(recipe), Forecast(recipe, services=services)
+        self._changes = Changes()
+        self._offered = self._changes.possible
         self._left_field = _FIRST_FIELD
 
     def compose(self) -> ComposeResult:
@@ -127,9 +123,9 @@ class ConfigureScreen(Screen[None]):
         yield TopBar("Configure", card=self._services.card)
         yield Gauge(unit="GiB", label="VRAM", id="gauge-row")
         with Container(id="work"):
-            yield RecipeForm(self.recipe)
+            yield self._form
             with Container(id="side"):
-                yield Forecast(self.recipe, services=self._services)
+                yield self._forecast
                 yield FieldHelp()
         yield DataNote(self.recipe, services=self._services)
         yield KeyFooter()
@@ -139,6 +135,7 @@ class ConfigureScreen(Screen[None]):
         self._form.show(self.recipe)
         self._form.focus_field(_FIRST_FIELD)
         self._show_problems()
+        self.bindings_updated_signal.subscribe(self, self._name_keys, immediate=True)
         self.call_after_refresh(self._forecast.begin)
 
     def on_screen_resume(self) -> None:
@@ -148,13 +145,11 @@ class ConfigureScreen(Screen[None]):
 
     def on_recipe_form_turned(self, message: RecipeForm.Turned) -> None:
         """Take over the new value of a field."""
-        self._change(self.recipe.with_(message.path, message.value), shown=True)
+        change = Change(self.recipe, self.recipe.with_(message.path, message.value))
+        self._do(change, run=message.path if message.step else "", shown=True)
 
     def on_forecast_told(self, message: Forecast.Told) -> None:
-        """Show the reading in the row at the top, too, which a narrow screen has instead of the gauge.
-
-        The level of the reading decides whether `f` is offered.
-        """
+        """Show the reading in a narrow screen's row at the top, too; its level decides whether `f` is offered."""
         row = self.query_one("#gauge-row", Gauge)
         before, row.reading = row.reading.level, message.reading
         if before != message.reading.level:
@@ -166,6 +161,8 @@ class ConfigureScreen(Screen[None]):
 
     def on_recipe_form_reached(self, message: RecipeForm.Reached) -> None:
         """Explain the field."""
+        if message.path != self._left_field:
+            self._changes.end_run()
         self._left_field = message.path
         self.query_one(FieldHelp).show_field(message.path)
 
@@ -190,14 +187,25 @@ class ConfigureScreen(Screen[None]):
 
         self.app.push_screen(Confirm(message.question, "launch it"), decide)
 
+    def _name_keys(self, _: object) -> None:
+        """Let the texts name keys only while these are keys, and no letters that go into a field."""
+        named = not self._form.typing
+        self._forecast.name_keys(named)
+        self.query_one(DataNote).name_keys(named)
+
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Offer keys only where they do something."""
         if action == "make_fit":
             return self.query_one("#gauge", Gauge).reading.level in ("doubtful", "bad") if self.is_mounted else False
-        return bool(self._undo) if action == "undo_fit" else True
+        if action in ("undo", "redo"):
+            return self._changes.possible[action == "redo"] and not self._form.editing
+        return True
 
     def action_launch(self) -> None:
         """Check everything and start the run; with problems, list them and start nothing."""
+        self._form.after_turns(self._launch_checked)
+
+    def _launch_checked(self) -> None:
         if not self._launching and not self._show_problems():
             self._begin_launch(sure=False)
 
@@ -209,13 +217,11 @@ class ConfigureScreen(Screen[None]):
         """Show the list of runs."""
         self.post_message(ShowRuns())
 
-    def on_data_note_wanted(self) -> None:
-        """Show the data."""
-        self.action_show_data()
-
     def action_show_data(self) -> None:
         """Show the data as the model reads it."""
         self.post_message(ShowData(self.recipe))
+
+    on_data_note_wanted = action_show_data
 
     def action_show_audits(self) -> None:
         """Show what was measured of 4 bits, and measure more."""
@@ -233,6 +239,9 @@ class ConfigureScreen(Screen[None]):
 
     def action_make_fit(self) -> None:
         """Make the recipe fit the card of the forecast and say what was changed."""
+        self._form.after_turns(self._make_fit)
+
+    def _make_fit(self) -> None:
         forecaster = self._forecast.forecaster
         if forecaster is None or self.recipe.problems():
             return
@@ -242,19 +251,22 @@ class ConfigureScreen(Screen[None]):
         if fix is None:
             self.app.notify("Nothing here makes it fit: take a smaller model or a larger card.", markup=False)
             return
-        self._undo = tuple((path, self.recipe.get(path)) for path, _ in fix.settings)
-        self._change(fix.recipe)
+        self._do(Change(self.recipe, fix.recipe))
         self.app.notify(applied_text(fix), markup=False)
 
-    def action_undo_fit(self) -> None:
-        """Give their former values back to the fields that `f`, the set-up or another recipe has changed."""
-        if self._undo:
-            recipe = self.recipe
-            for path, value in self._undo:
-                recipe = recipe.with_(path, value)
-            self._undo = ()
-            self._change(recipe)
-            self.app.notify("Undone.", markup=False)
+    def action_undo(self) -> None:
+        """Take the last change of the recipe back."""
+        self._form.after_turns(lambda: self._go(self._changes.undo(), "Undone"))
+
+    def action_redo(self) -> None:
+        """Make the change again that was taken back last."""
+        self._form.after_turns(lambda: self._go(self._changes.redo(), "Redone"))
+
+    def _go(self, change: Change | None, word: str) -> None:
+        if change is not None:
+            self._change(change)
+            self.app.clear_notifications()  # u pressed ten times says what the tenth did, and fills no screen
+            self.app.notify(f"{word}: {change.words}.", markup=False)
 
     def action_choose_card(self) -> None:
         """Choose the card to plan for."""
@@ -279,9 +291,7 @@ class ConfigureScreen(Screen[None]):
         ask_to_open(self.app, self._open)
 
     def _open(self, recipe: Recipe, source: RecipeSource | None = None) -> None:
-        self._undo = tuple((path, self.recipe.get(path)) for path in FIELDS)
-        self._source = source
-        self._change(recipe)
+        self._do(Change(self.recipe, recipe, self._source, source))
 
     def action_turn_view(self) -> None:
         """Give the forecast more room and the arrow keys, or take both back.
@@ -296,19 +306,28 @@ class ConfigureScreen(Screen[None]):
         else:
             self._form.focus_field(self._left_field)
 
-    def _change(self, recipe: Recipe, *, shown: bool = False) -> None:
+    def _do(self, change: Change, *, run: str = "", shown: bool = False) -> None:
+        """Make a change that can be undone; `run` is as in `Changes.note`, `shown` as in `_change`."""
+        self._changes.note(change, run)
+        self._change(change, shown=shown)
+
+    def _change(self, change: Change, *, shown: bool = False) -> None:
         """Take another recipe and tell everything that follows it. The recipe changes nowhere else.
 
         Args:
-            recipe: What it is now.
+            change: To what, and from which file where that is another one.
             shown: Whether the form shows its values already, because the user turned them there.
         """
-        self.recipe = recipe
+        self.recipe = recipe = change.after
+        if change.moves_source:
+            self._source = change.after_source
         if shown:
             self._form.show_what_follows(recipe)
         else:
             self._form.show(recipe)
-            self.refresh_bindings()
+        if self._offered != self._changes.possible:
+            self._offered = self._changes.possible
+            self.call_after_refresh(self.refresh_bindings)  # the gauge is drawn before the keys below
         self._forecast.follow(recipe)
         self.query_one(DataNote).follow(recipe)
         self._show_problems()
@@ -347,7 +366,7 @@ class ConfigureScreen(Screen[None]):
     def _begin_launch(self, *, sure: bool) -> None:
         self._launching = True
         self.query_one(FieldHelp).show_busy(_CHECKING)
-        self._launch(self.recipe, sure, self.query_one(Forecast).planned)
+        self._launch(self.recipe, sure, self._forecast.planned)
 
     @work(thread=True)
     def _launch(self, recipe: Recipe, sure: bool, planned: str) -> None:
@@ -377,11 +396,3 @@ class ConfigureScreen(Screen[None]):
         problems = [str(problem) for problem in self.recipe.problems()]
         self.query_one(FieldHelp).show_problems(problems)
         return bool(problems)
-
-    @property
-    def _form(self) -> RecipeForm:
-        return self.query_one(RecipeForm)
-
-    @property
-    def _forecast(self) -> Forecast:
-        return self.query_one(Forecast)

@@ -29,12 +29,23 @@ _WORDS = {"Focus Next": "Next field or part of the screen", "Focus Previous": "T
 """Our words in place of Textual's own descriptions."""
 
 _SLIDER_KEYS = (
-    ("← →", "one stop less, more"),
+    ("← →", "one stop less, more, at once"),
     ("PgDn PgUp", "several stops"),
     ("home end", "first, last stop"),
-    ("0-9", "type a value, enter accepts it"),
-    ("mouse", "drag or click on the track, wheel"),
+    ("enter", "edit: type a value, or turn it with arrows and wheel"),
+    ("0-9", "begin to type a value"),
+    ("enter", "accept the edit"),
+    ("esc", "cancel the edit, and put the value of before back"),
+    ("mouse", "drag or click on the track"),
     ("↑ ↓", "field before, next field"),
+)
+_CHOICE_KEYS = (
+    ("← → space", "option before, next option, at once"),
+    ("home end", "first, last option"),
+    ("enter", "edit: the arrows choose"),
+    ("enter", "accept the edit; so does leaving the choice"),
+    ("esc", "cancel the edit, and put the option of before back"),
+    ("mouse", "click on an option"),
 )
 _LINE_KEYS = (
     ("enter F2", "edit; a click does, too"),
@@ -77,6 +88,8 @@ def help_text(keys: tuple[tuple[str, str], ...], *, fields: bool) -> Content:
     if fields:
         parts.append(("\nOn a slider\n", "bold"))
         parts += [f"  {key:{_KEY_WIDTH}}{words}\n" for key, words in _SLIDER_KEYS]
+        parts.append(("\nOn a choice\n", "bold"))
+        parts += [f"  {key:{_KEY_WIDTH}}{words}\n" for key, words in _CHOICE_KEYS]
         parts.append(("\nIn a line of text\n", "bold"))
         parts += [f"  {key:{_KEY_WIDTH}}{words}\n" for key, words in _LINE_KEYS]
         for heading, paths in SECTIONS:

@@ -1,0 +1,107 @@
+"""What was changed of a recipe on the screen: taken back, done again, and said in a line."""
+
+from dataclasses import dataclass, replace
+
+from studio.core.recipe import FIELDS, SECTIONS, Recipe
+from studio.core.text import plain
+from studio.runs.last_recipe import RecipeSource
+from studio.tui.panels.recipe_form import SHOWN
+
+_LONGEST_HISTORY = 200
+_MOST_NAMED = 3
+_LONGEST_VALUE = 28
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One thing that the user did to a recipe."""
+
+    before: Recipe
+    after: Recipe
+    before_source: RecipeSource | None = None
+    """The user's file that the recipe came from before; another one afterwards where a file was opened."""
+    after_source: RecipeSource | None = None
+
+    @property
+    def moves_source(self) -> bool:
+        """Whether the recipe comes from another file afterwards."""
+        return self.before_source != self.after_source
+
+    @property
+    def reversed(self) -> "Change":
+        """The change that takes this one back."""
+        return Change(self.after, self.before, self.after_source, self.before_source)
+
+    @property
+    def words(self) -> str:
+        """What differs afterwards in one line, such as `Rank 32 -> 16, Alpha 64 -> 32 and 4 more`."""
+        in_order = [path for _, section in SECTIONS for path in section]  # as the form shows them
+        paths = [path for path in in_order if self.before.get(path) != self.after.get(path)]
+        if not paths:
+            return "the same recipe of another file"
+        named = [
+            f"{FIELDS[path].label} {_shown(path, self.before)} -> {_shown(path, self.after)}"
+            for path in paths[:_MOST_NAMED]
+        ]
+        more = len(paths) - len(named)
+        return ", ".join(named) + (f" and {more} more" if more else "")
+
+
+class Changes:
+    """Remembers the last 200 changes. A run of steps on one field is one change."""
+
+    def __init__(self) -> None:
+        """Begin without any."""
+        self._done: list[Change] = []
+        self._undone: list[Change] = []
+        self._run = ""
+
+    @property
+    def possible(self) -> tuple[bool, bool]:
+        """Whether there is anything to undo, and anything to redo."""
+        return bool(self._done), bool(self._undone)
+
+    def note(self, change: Change, run: str = "") -> None:
+        """Remember a change; what was undone before it cannot be redone any more.
+
+        Args:
+            change: What was done.
+            run: The field that was turned by a step; further steps on it are added to this change. Empty for a change
+                that stands alone.
+        """
+        self._undone.clear()
+        if run and run == self._run:
+            change = replace(change, before=self._done.pop().before)
+        if change.before == change.after and not change.moves_source:  # the steps have led back to where they began
+            self._run = ""
+            return
+        self._done.append(change)
+        del self._done[:-_LONGEST_HISTORY]
+        self._run = run
+
+    def end_run(self) -> None:
+        """Let the next step begin another change."""
+        self._run = ""
+
+    def undo(self) -> Change | None:
+        """Return the change that takes the last one back; None where there is none."""
+        change = _moved(self._done, self._undone)
+        self._run = ""
+        return change.reversed if change else None
+
+    def redo(self) -> Change | None:
+        """Return the change that was taken back last; None where there is none."""
+        self._run = ""
+        return _moved(self._undone, self._done)
+
+
+def _moved(taken_from: list[Change], given_to: list[Change]) -> Change | None:
+    if not taken_from:
+        return None
+    given_to.append(taken_from.pop())
+    return given_to[-1]
+
+
+def _shown(path: str, recipe: Recipe) -> str:
+    value = plain(FIELDS[path].kind.written(recipe.get(path)), one_line=True, limit=_LONGEST_VALUE)
+    return SHOWN.get(value, value) or "nothing"
