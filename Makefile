@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: setup demo test test-slow lint bench gpu-check gpu-rehearsal clean
+.PHONY: setup demo test test-slow lint docs bench gpu-check gpu-rehearsal clean
 
 setup: $(READY)
 
@@ -34,6 +34,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The pages of docs/reference/, from the code; a test holds them to it.
+docs: setup
+	$(BIN)/python -m tests.house.reference
 
 bench: setup
 	$(BIN)/python -m tests.bench

@@ -9,7 +9,7 @@ import gc
 import importlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -143,7 +143,7 @@ def _run(words: list[str], modules: Mapping[str, str] | None) -> int:
     # In `--recipe demo` the word is a recipe's name.
     afters = zip(words, ["", *words], strict=False)
     chosen = next((word for word, before in afters if word in VERBS and before not in ("--recipe", "--runs-dir")), "")
-    args = _parser(chosen).parse_args(words)
+    args = _parser({chosen}).parse_args(words)
     for name, shown in _NAMES.items():
         if getattr(args, name, None) == "":
             raise BadInput(f"{shown} is empty; wanted a name. To take the default, leave it out.")
@@ -155,7 +155,13 @@ def _run(words: list[str], modules: Mapping[str, str] | None) -> int:
     return int(module.run(args))
 
 
-def _parser(chosen: str) -> argparse.ArgumentParser:
+def whole_parser() -> argparse.ArgumentParser:
+    """Return the parser with the arguments of every verb, of which the reference in docs/ is made."""
+    return _parser(VERBS)
+
+
+def _parser(whole: Collection[str]) -> argparse.ArgumentParser:
+    """Return the parser with every verb, and the arguments of those that are asked for."""
     parser = _Parser(
         prog="lora-studio",
         description="Fine-tune a language model with LoRA or QLoRA. Without a verb, the studio opens.",
@@ -165,7 +171,7 @@ def _parser(chosen: str) -> argparse.ArgumentParser:
     parser.add_argument("--recipe", metavar="RECIPE", help="what the studio opens on (default: demo)")
     subparsers = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
     for verb, help_text in VERBS.items():
-        if verb == chosen:
+        if verb in whole:
             importlib.import_module(_MODULES[verb]).add_parser(subparsers)
         else:
             subparsers.add_parser(verb, help=help_text)

@@ -13,7 +13,7 @@ from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.row_report import RowReport
 from studio.jobs.base.data.rows import Example
 from studio.probe.data import Conversation, Message
-from tests.fakes.runs import CHECKOUT
+from tests.fakes.prose import prose
 
 SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|end|>", "<|return|>")
 LOOP = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -68,7 +68,7 @@ def sentencepiece_folder(folder: Path, template: str, *, kind: str, special: Seq
     named = ("<pad>", "<eos>", "<bos>", "<unk>") if kind == "GemmaTokenizer" else ("<unk>", "<s>", "</s>")
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
-    text = (CHECKOUT / "README.md").read_text("utf-8")
+    text = prose()
     learner.train_from_iterator(text.splitlines(), trainers.BpeTrainer(vocab_size=900, show_progress=False))
     pieces = [piece for piece, _ in sorted(learner.get_vocab().items(), key=lambda item: item[1])]
     words = [*named, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
@@ -101,7 +101,7 @@ def qwen_folder(folder: Path, special: Sequence[str], **config: Any) -> Path:
     made.decoder = decoders.ByteLevel()
     letters = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=900, show_progress=False, initial_alphabet=letters)
-    made.train_from_iterator((CHECKOUT / "README.md").read_text("utf-8").splitlines(), trainer)
+    made.train_from_iterator(prose().splitlines(), trainer)
     made.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in special])
     folder.mkdir(parents=True, exist_ok=True)
     made.save(str(folder / "tokenizer.json"))

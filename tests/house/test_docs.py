@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text("utf-8")
 _PLACE = re.compile(r"(?<![\w/.])((?:studio|widgets|tests|docs|recipes)/(?:[\w./-]*[\w/])?)(?::(\w+(?:\.\w+)*))?")
 PLACES = sorted(
-    {(page.name, *place) for page in (ROOT / "docs").glob("*.md") for place in _PLACE.findall(page.read_text("utf-8"))}
+    {(page.name, *place) for page in (ROOT / "docs").rglob("*.md") for place in _PLACE.findall(page.read_text("utf-8"))}
 )
 
 

@@ -1,19 +1,107 @@
-"""README says what the program does: its field reference is the program's own."""
+"""README and docs/ say what the program does: their links lead somewhere, and what they show is what it prints."""
 
+import re
+import shlex
 from pathlib import Path
+
+import pytest
 
 from studio.commands.recipes import field_reference, field_rows
 from studio.core.recipe import FIELDS
+from tests.cli.conftest import Cli, cli, home  # noqa: F401  fixtures
+from tests.house.reference import REFERENCE, pages
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+_LINK = re.compile(r"\]\(([^)\s]+)\)")
+_BLOCK = re.compile(r"^```\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_MOST_LINES = 130
+"""Two pages: what a first visitor reads before trying."""
 
 
-def test_the_field_reference_is_current() -> None:
-    told = (
-        README.read_text("utf-8").partition("<!-- fields")[2].partition("-->\n")[2].partition("\n<!-- /fields -->")[0]
-    )
-    assert told == field_reference(), "README is behind: put in what `lora-studio recipes --fields` prints"
+def _links(page: Path) -> list[str]:
+    return [link for link in _LINK.findall(page.read_text("utf-8")) if "://" not in link]
+
+
+def _anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def _leads(page: Path, link: str) -> bool:
+    place, _, anchor = link.partition("#")
+    target = (page.parent / place).resolve() if place else page
+    return target.is_relative_to(ROOT) and target.is_file() and (not anchor or anchor in _anchors(target))
+
+
+def _shown() -> list[tuple[str, str, list[str]]]:
+    """Return each command whose output a page shows, with the lines that are shown of it; `...` stands for others."""
+    found = []
+    for page in PAGES:
+        for block in _BLOCK.findall(page.read_text("utf-8")):
+            for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+                command, *lines = part.splitlines()
+                if command.startswith(("lora-studio plan", "lora-studio fit")):
+                    found.append((page.name, command, [line for line in lines if line not in ("", "...")]))
+    return found
+
+
+def test_the_readme_has_two_pages() -> None:
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= _MOST_LINES
+
+
+@pytest.mark.parametrize(("page", "link"), [(page, link) for page in PAGES for link in _links(page)])
+def test_every_link_leads_somewhere(page: Path, link: str) -> None:
+    assert _leads(page, link), f"{page.relative_to(ROOT)} links to {link}, which is not there"
+
+
+@pytest.mark.parametrize("link", ["docs/gone.md", "../README.md", "docs/data.md#gone", "#gone"])
+def test_a_link_that_leads_nowhere_is_noticed(link: str) -> None:
+    assert not _leads(ROOT / "README.md", link)
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    linked = {(ROOT / link.partition("#")[0]).resolve() for link in _links(ROOT / "README.md")}
+    assert set(PAGES) - linked == {ROOT / "README.md"}
+
+
+def test_plans_are_shown() -> None:
+    assert {page for page, *_ in _shown()} >= {"README.md", "plan.md"}
+
+
+@pytest.mark.parametrize(("page", "command", "lines"), _shown())
+def test_what_a_page_shows_is_printed(cli: Cli, page: str, command: str, lines: list[str]) -> None:  # noqa: F811
+    printed = cli(*shlex.split(command)[1:]).out.splitlines()
+    assert len(lines) > 3
+    assert [line for line in lines if line not in printed] == [], f"{page} is behind"
+
+
+@pytest.fixture(scope="module")
+def made() -> dict[str, str]:
+    """The pages of docs/reference/, made anew."""
+    return pages()
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in REFERENCE.iterdir()))
+def test_the_reference_is_current(made: dict[str, str], name: str) -> None:
+    assert made.get(name) == (REFERENCE / name).read_text("utf-8"), f"docs/reference/{name} is behind: make docs"
+
+
+def test_every_page_of_the_reference_is_there(made: dict[str, str]) -> None:
+    assert sorted(made) == sorted(path.name for path in REFERENCE.iterdir())
+
+
+def test_the_field_reference_is_that_of_the_program() -> None:
+    assert field_reference() in (REFERENCE / "fields.md").read_text("utf-8")
 
 
 def test_every_field_is_in_it_once() -> None:
     assert sorted(row["path"] for row in field_rows()) == sorted(FIELDS)
+
+
+def test_every_verb_is_in_the_reference() -> None:
+    from studio.cli import VERBS
+
+    told = re.findall(r"^## lora-studio (\S+)$", (REFERENCE / "verbs.md").read_text("utf-8"), re.MULTILINE)
+    assert told == list(VERBS)

@@ -29,7 +29,7 @@ from studio.jobs.base.data.rows import Encoder, Encoding, Example
 from studio.jobs.base.data.spelling import USUAL, features_of, options, spellings, table_of
 from studio.jobs.base.data.template import with_system_folded
 from studio.probe.data import Conversation, Message, ToolCall
-from tests.fakes.runs import CHECKOUT
+from tests.fakes.prose import prose
 
 FOLDER = Path(__file__).parents[1] / "templates"
 DATE = datetime(2031, 5, 1)
@@ -138,7 +138,7 @@ def _merging() -> str:
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     learner.decoder = decoders.ByteLevel()
-    texts = (CHECKOUT / "README.md").read_text("utf-8").splitlines()
+    texts = prose().splitlines()
     said = [f"{turn.role}\n{turn.words}\n\n" * 20 for turns in KINDS.values() for turn in turns]
     letters = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=700, show_progress=False, initial_alphabet=letters)
