@@ -23,6 +23,7 @@ from studio.cli import main, whole_parser
 from studio.commands.recipes import field_reference, field_rows
 from studio.core.events import KINDS, Evaluated, Finished, Planned, Saved, Started, StepDone
 from studio.runs.layout import RunPaths
+from studio.runs.recipe_file import load_recipe, shipped_recipes
 from tests.fakes.runs import make_run, write_log
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,8 +50,12 @@ _EVENTS = """One event a line. Each has `schema`, `kind` and `at`, unix seconds.
 number that is none (NaN, infinity) is null, with `<field>_nonfinite` beside it. A reader passes over kinds that it does
 not know."""
 _JSON = """What verbs print with `--json`, key by key, as found in documents that were printed while this page was made.
-`[]` is each entry of a list. `doctor` also prints `machine`, `torch` and `calibration`. Keys are added in later
-versions; none is taken away. The events of a run are told by [its folder](run-folder.md)."""
+`[]` is each entry of a list. Where only null is told, nothing was known in these cases; in others there is a value.
+Keys are added in later versions; none is taken away.
+
+`train`, `merge` and `export` print the summary of their run: what `runs show` prints, without `recipe`, `evals`,
+`samples` and `files`. `doctor` also prints `machine`, `torch` and `calibration`. The events of a run are told by
+[its folder](run-folder.md)."""
 _SHIPPED = "llama-3.1-8b-lora-24gb"
 
 
@@ -209,6 +214,10 @@ def _printed(folder: Path) -> Iterator[tuple[str, list[list[str]]]]:
     good, bad = folder / "rows.jsonl", folder / "bad.jsonl"
     good.write_text('{"prompt": "list files by size", "completion": "ls -lS"}\n' * 3)
     bad.write_text('{"prompt": "list files by size", "completion": "ls -lS"}\n{"prompt": 3}\n')
+    model = folder / "model"
+    model.mkdir()
+    known = json.loads((ROOT / "studio" / "probe" / "known_models.json").read_text("utf-8"))
+    (model / "config.json").write_text(json.dumps(known[load_recipe(shipped_recipes()[_SHIPPED]).model.base]["config"]))
     run = make_run(folder, "try", now=1.0)
     write_log(
         run,
@@ -228,6 +237,7 @@ def _printed(folder: Path) -> Iterator[tuple[str, list[list[str]]]]:
     yield "plan", [plan, ["plan", _SHIPPED, "--method", "qlora", "--vram-gib", "8", "--json"]]
     yield "fit", [["fit", _SHIPPED, "--gpu", "RTX 4070", "--json"], ["fit", _SHIPPED, "--vram-gib", "4", "--json"]]
     yield "data check", [["data", "check", str(good), "--json"], ["data", "check", str(bad), "--json"]]
+    yield "models check", [["models", "check", str(model), "--json"]]
     yield "recipes", [["recipes", "--json"]]
     yield "recipes --fields", [["recipes", "--fields", "--json"]]
     yield "doctor", [["doctor", "--json"]]
