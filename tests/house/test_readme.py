@@ -1,11 +1,13 @@
 """README and docs/ say what the program does: their links lead somewhere, and what they show is what it prints."""
 
+import argparse
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+from studio.cli import VERBS, whole_parser
 from studio.commands.recipes import field_reference, field_rows
 from studio.core.recipe import FIELDS
 from tests.cli.conftest import Cli, cli, home  # noqa: F401  fixtures
@@ -47,6 +49,31 @@ def _shown() -> list[tuple[str, str, list[str]]]:
     return found
 
 
+def _commands() -> list[tuple[str, str]]:
+    """Return each command of ours that a page names, in a block or within a sentence."""
+    said = re.compile(r"(?:^(?:\$ )?|`)(?:\.venv/bin/)?lora-studio +([a-z][^`\n]*)", re.MULTILINE)
+    return sorted({(page.name, words) for page in PAGES for words in said.findall(page.read_text("utf-8"))})
+
+
+def _options(parser: argparse.ArgumentParser) -> set[str]:
+    """Return the options of a parser and of all below it."""
+    found = set(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found |= set().union(*map(_options, action.choices.values()))
+    return found
+
+
+def _unknown(command: str) -> list[str]:
+    """Return the verb and the options of a command that the program does not know."""
+    (verbs,) = (each for each in whole_parser()._actions if isinstance(each, argparse._SubParsersAction))
+    verb, *words = re.split(r"\s{2,}", command)[0].split()
+    if verb not in verbs.choices:
+        return [verb]
+    named = re.findall(r"(?<!\S)\[?(--[a-z][\w-]*)", " ".join(words))
+    return [option for option in named if option not in _options(verbs.choices[verb])]
+
+
 def test_the_readme_has_two_pages() -> None:
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= _MOST_LINES
 
@@ -64,6 +91,20 @@ def test_a_link_that_leads_nowhere_is_noticed(link: str) -> None:
 def test_every_page_is_linked_from_the_readme() -> None:
     linked = {(ROOT / link.partition("#")[0]).resolve() for link in _links(ROOT / "README.md")}
     assert set(PAGES) - linked == {ROOT / "README.md"}
+
+
+def test_commands_are_read() -> None:
+    assert len(_commands()) > 60
+
+
+@pytest.mark.parametrize(("page", "command"), _commands())
+def test_every_command_of_a_page_is_known(page: str, command: str) -> None:
+    assert _unknown(command) == [], f"{page} names lora-studio {command}"
+
+
+@pytest.mark.parametrize("command", ["brew RUN", "plan RECIPE --card 4090", "merge RUN [--into DIR]"])
+def test_a_command_that_is_not_known_is_noticed(command: str) -> None:
+    assert len(_unknown(command)) == 1
 
 
 def test_plans_are_shown() -> None:
@@ -101,7 +142,5 @@ def test_every_field_is_in_it_once() -> None:
 
 
 def test_every_verb_is_in_the_reference() -> None:
-    from studio.cli import VERBS
-
     told = re.findall(r"^## lora-studio (\S+)$", (REFERENCE / "verbs.md").read_text("utf-8"), re.MULTILINE)
     assert told == list(VERBS)
