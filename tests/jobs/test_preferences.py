@@ -33,6 +33,7 @@ from studio.jobs.measure.trace import Target, run_engine, trace
 from studio.jobs.train.adapter import attach_adapter
 from studio.jobs.train.objectives.of_recipe import objective_of
 from studio.jobs.train.objectives.pairs import Pair, encode_pairs
+from studio.jobs.train.objectives.preference import odds_losses
 from studio.jobs.train.packing import can_pack
 from studio.jobs.train.step_model import StepModel, evaluating
 from studio.probe.data import Message, Preference
@@ -189,6 +190,19 @@ def test_losses_and_gradients_are_the_papers(
         assert seen.keys() == expected.keys()
         for name, gradient in expected.items():
             assert torch.allclose(seen[name], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max())), name
+
+
+@pytest.mark.parametrize("means", [(0.0, -1.0), (-1.0, 0.0), (0.0, 0.0), (1e-7, -1.0)], ids=str)
+def test_an_answer_of_which_the_model_is_certain_leaves_the_odds_finite(means: tuple[float, float]) -> None:
+    """Its log-probability rounds to 0, or to a hair above it."""
+    both = torch.tensor([means], requires_grad=True)
+    loss = odds_losses(both)
+    loss.sum().backward()  # type: ignore[no-untyped-call]
+    assert both.grad is not None
+    assert torch.isfinite(loss).all()
+    assert torch.isfinite(both.grad).all()
+    wanted = {True: 0.0, False: math.log(2)}[means[0] != means[1]] if means[0] >= means[1] else 16.5
+    assert float(loss.detach()) == pytest.approx(wanted, abs=0.1)
 
 
 LLAMA = {

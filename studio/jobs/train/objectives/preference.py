@@ -36,6 +36,9 @@ _COUNTS, _ANSWERS, _REFERENCE = "learnt_tokens", "answer_tokens", "reference"
 the chosen sequences' are an answer's, where their prompts have labels, too; the reference's log-probabilities."""
 
 _LN_2 = 0.6931471805599453
+_CERTAIN = -torch.finfo(torch.float32).eps
+"""Mean log-probabilities above it are rounding; at 0, which fp32 rounds those of certain answers to, the odds and their
+slope have no end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +148,7 @@ def odds_losses(means: Tensor) -> Tensor:
     Args:
         means: Mean log-probabilities of a token of the chosen and the rejected answers `[pairs, 2]`.
     """
+    means = means.clamp(max=_CERTAIN)
     odds = means - _log1mexp(means)
     return -logsigmoid(odds[:, 0] - odds[:, 1])
 
