@@ -189,7 +189,8 @@ class _Show:
         say(f"{plain(opened.path, one_line=True)}: {opened.described}")
         for note in (*opened.notes, *self._summary.said):
             say(f"note: {plain(note, one_line=True)}")
-        for finding in opened.findings[:20]:
+        # What must be corrected comes first: it decides the exit code.
+        for finding in sorted(opened.findings, key=lambda one: not one["fatal"])[:20]:
             place = f" {finding['field']}" if finding["field"] else ""
             say(f"{'error' if finding['fatal'] else 'note'}: row {finding['row']}{place}: {finding['message']}")
         for row in rows:

@@ -66,6 +66,25 @@ def test_pairs_are_shown_as_what_they_are_unless_something_else_is_asked_for(cli
     assert (refused.code, "found a preferred and a rejected answer" in refused.out) == (1, True)
 
 
+def test_what_must_be_corrected_is_told_behind_any_number_of_notes(cli: Cli, model: str) -> None:
+    user = {"role": "user", "content": "what"}
+    rows = [
+        {"messages": [user, *answer]}
+        for answer in (
+            [],
+            [{"role": "assistant", "content": ""}],
+            [{"role": "assistant", "content": "no", "weight": 0}],
+            [{"role": "assistant", "content": "yes"}],
+        )
+    ] * 100
+    rows.append({"messages": [{"role": "nobody", "content": "what"}, {"role": "assistant", "content": "yes"}]})
+    Path("notes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    outcome = cli("data", "show", "notes.jsonl", "--model", model, "--rows", "1")
+    assert outcome.code == 1
+    told = [line for line in outcome.out.splitlines() if line.startswith("error: ")]
+    assert [line[:15] for line in told] == ["error: row 401 "]
+
+
 def test_without_a_model_it_says_so(cli: Cli, model: str) -> None:
     outcome = cli("data", "show", "rows.jsonl")
     assert (outcome.code, "Name it with --model" in outcome.err) == (2, True)

@@ -41,6 +41,7 @@ Tell = Callable[[str, float | None], None]
 _WHOLE = 2**31 - 1
 """A row length at which nothing is cut: cutting is left to who shows or adds up."""
 _LISTED = 300
+"""Findings that are told, besides those that must be corrected."""
 _TELL_SECONDS = 0.2
 _NO_EXAMPLE = Example(np.zeros(0, np.int32), np.zeros(0, np.int32))
 _LACKING = (_NO_EXAMPLE,)
@@ -131,7 +132,8 @@ class Session:
                     "message": one.message,
                     "fatal": one.fatal,
                 }
-                for one in data.findings[:_LISTED]
+                for place, one in enumerate(data.findings)
+                if one.fatal or place < _LISTED
             ),
             finding_counts=dict(data.finding_counts),
             notes=(*notes, *more, *said),
