@@ -14,7 +14,7 @@ from textual.widgets import Input
 from studio.core.errors import StudioError
 from studio.core.events import Finished
 from studio.core.recipe import Recipe
-from studio.runs.show import ShowProcess, ShowRequest
+from studio.runs.show import Opened, ShowEvent, ShowProcess, ShowRequest, Summary
 from studio.runs.worker import Worker
 from studio.tui.app import StudioApp
 from studio.tui.panels.data_note import DataNote
@@ -242,3 +242,45 @@ def test_the_worst_of_the_data_stands_below_the_form(
     services = given(processes.services(), glance_at_data=processes.glance)
     play(story, tmp_path, size=NARROW, recipe=recipe, services=services)
     assert processes.started[1]._process.wait(10) is not None, "it ends with the screen"
+
+
+class Told:
+    """A process that tells some events and then nothing."""
+
+    def __init__(self, *told: ShowEvent) -> None:
+        self.told, self.closed = [*told], False
+
+    def next_event(self, seconds: float) -> ShowEvent | None:
+        if self.told:
+            return self.told.pop(0)
+        time.sleep(0.02)
+        return None
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_second_look_is_not_ended_with_the_first(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one's process is kept for a while after its last row; the second one may need longer."""
+    monkeypatch.setattr("studio.tui.panels.data_note._LOOK_AFTER_SECONDS", SELDOM)
+    monkeypatch.setattr("studio.tui.panels.data_note._KEEP_SECONDS", 0.5)
+    first = Told(Opened(rows=2), Summary(done=2, rows=2, seq_len=9, steps=1))
+    second = Told(Opened(rows=9), Summary(done=2, rows=9, seq_len=9, steps=1))
+    looks = [first, second]
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        note = app.screen.query_one(DataNote)
+        note._look_now()
+        await until(pilot, lambda: "1 step an epoch" in shown(app))
+        note.follow(recipe.with_("eval.rows", 0).with_("eval.samples", 0))
+        note._look_now()
+        await until(pilot, lambda: "of 2 rows so far" in shown(app))
+        assert first.closed
+        await asyncio.sleep(0.8)
+        assert not second.closed
+
+    services = given(services_that(Asked()), glance_at_data=lambda recipe: looks.pop(0))
+    play(story, tmp_path, size=NARROW, recipe=recipe, services=services)
+    assert second.closed

@@ -138,6 +138,8 @@ class DataNote(Static):
         self._end_timer = self.set_timer(_KEEP_SECONDS, self._end)
 
     def _end(self) -> None:
+        if self._end_timer is not None:
+            self._end_timer.stop()  # it was set for this process, not for the next
         process, self._process = self._process, None
         if process is not None:
             process.close()

@@ -111,7 +111,7 @@ def _facts(opened: Opened, summary: Summary) -> Iterator[tuple[str, str, str]]:
     repeats = f"{count(summary.repeats)} rows say what another says, {count(summary.near)} nearly{compared}"
     yield "repeats", repeats if summary.repeats or summary.near else "none", ""
     yield "held out", f"{count(opened.held_out)} rows" if opened.held_out else "none", ""
-    yield "an epoch", f"{count(summary.train_tokens)} tokens in {count(summary.steps)} steps", ""
+    yield "an epoch", f"{count(summary.train_tokens)} tokens in {_steps(summary.steps)}", ""
 
 
 def _histogram(summary: Summary, cells: int) -> _Parts:
@@ -210,10 +210,14 @@ def worst_line(opened: Opened, summary: Summary) -> Content:
     if repeats := summary.repeats + summary.near:
         found.append(("1 repeat" if repeats == 1 else f"{count(repeats)} repeats", ""))
     if summary.steps:
-        found.append((f"{count(summary.steps)} steps an epoch", ""))
+        found.append((f"{_steps(summary.steps)} an epoch", ""))
     if not summary.whole:
         found.append((f"of {count(summary.done)} rows so far", "dim"))
     return _separated(found)
+
+
+def _steps(number: int) -> str:
+    return "1 step" if number == 1 else f"{count(number)} steps"
 
 
 def _separated(found: Sequence[tuple[str, str]]) -> Content:

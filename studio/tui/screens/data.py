@@ -247,7 +247,7 @@ class DataScreen(Screen[None]):
 
     def action_again(self) -> None:
         """Start another process after the last one has ended."""
-        self._ended, self._opened, self._state = False, None, "starting"
+        self._ended, self._opened, self._process, self._state = False, None, None, "starting"
         self._note("")
         self._show_head()
         self.refresh_bindings()
