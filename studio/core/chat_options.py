@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,8 @@ Variable = bool | int | float | str
 Variables = tuple[tuple[str, Variable], ...]
 NOT_VARIABLES = frozenset(
     (
-        *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "self"),
+        *("messages", "conversation", "conversations", "tools", "documents", "chat_template", "self"),
+        *("add_generation_prompt", "sanitize_control_tokens"),
         *("continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
         *("return_assistant_tokens_mask", "tokenizer_kwargs", "processor_kwargs"),
     )
@@ -85,6 +87,11 @@ class TemplateVariables(ValueKind):
     def read(self, text: str) -> Any:
         """Read `name=value` with commas between, texts in quotes or bare, or a table as TOML has it."""
         text = text.strip()
+        if text.startswith("{"):
+            import tomllib  # noqa: PLC0415  3 ms that recipes without variables do not pay
+
+            with suppress(ValueError, RecursionError):  # texts without quotes may stand in braces, too
+                return self.shaped(tomllib.loads(f"variables = {text}")["variables"])
         inner = text[1:-1].strip() if text.startswith("{") and text.endswith("}") else text
         pairs: dict[str, Variable] = {}
         at = 0

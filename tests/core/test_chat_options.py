@@ -41,6 +41,8 @@ def test_other_parts_are_wrong(value: Any) -> None:
         ("enable_thinking=false", (("enable_thinking", False),)),
         ('{ thinking = true, date = "26 Jul 2024" }', (("thinking", True), ("date", "26 Jul 2024"))),
         ("effort=low, budget=12, part=0.5", (("effort", "low"), ("budget", 12), ("part", 0.5))),
+        ("{ thinking = true, effort = low }", (("thinking", True), ("effort", "low"))),
+        (r"""{ "said" = "a\nb", date = '1 May', top = 1_000 }""", (("said", "a\nb"), ("date", "1 May"), ("top", 1000))),
         (r'said="a, \"b\" = c\\"', (("said", 'a, "b" = c\\'),)),
     ],
 )  # fmt: skip

@@ -96,6 +96,14 @@ def test_blocks_are_full_but_for_the_last(tmp_path: Path) -> None:
     assert len(lengths) > 10 and set(lengths[:-1]) == {64}
 
 
+def test_a_stride_for_longer_rows_does_not_make_a_block_of_every_token() -> None:
+    """An audit may have shorter rows than the training: each block still brings half of its length."""
+    text, tokenizer = "a b " * 500, byte_tokenizer(adds_bos=True)
+    assert len(made(text, tokenizer, 10**6, seq_len=64, stride=512)) <= len(text) // 31 + 1
+    # Where the start leaves room for one token, a text still comes to its end.
+    assert made(text, tokenizer, 10**6, seq_len=2, stride=512)
+
+
 def test_without_blocks_a_text_is_cut_and_that_is_said() -> None:
     said: list[str] = []
     rows = list(sections(PlainText("abcdefgh" * 40, 1), most=100))

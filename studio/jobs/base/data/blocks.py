@@ -83,13 +83,15 @@ def blocks(text: TextIds, *, start: Sequence[int], seq_len: int, stride: int) ->
         text: The tokens of a document, or of a section of one.
         start: The tokens that begin every block.
         seq_len: Most tokens of a block; there must be room for the start and two more.
-        stride: Tokens that a block repeats from before it; one at least is repeated.
+        stride: Tokens that a block repeats from before it: one at least, and half of a block at most, because an audit
+            may have shorter rows than the training whose stride it takes.
     """
     head = np.array(start, np.int32)
     done, whole = len(text.before), np.concatenate([text.before, text.ids])
+    room = max(1, seq_len - len(head))
     while done < len(whole):
-        repeated = min(max(1, stride), done, seq_len - len(head) - 1)
-        stop = min(len(whole), done + seq_len - len(head) - repeated)
+        repeated = min(max(1, stride), seq_len // 2, room - 1, done)
+        stop = min(len(whole), done + room - repeated)
         ids = np.concatenate([head, whole[done - repeated : stop]])
         learnt = np.ones(len(ids), np.bool_)
         if done:
