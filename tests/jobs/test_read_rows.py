@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from studio.core.errors import BadInput
+from studio.core.errors import BadInput, JobFailed
 from studio.core.recipe import Recipe
 from studio.jobs.base.progress import PhaseTeller
 from studio.jobs.train.objectives.supervised import SUPERVISED
@@ -35,9 +35,12 @@ class Listener:
         return False
 
 
-def read(worker: Any, path: Path, *rows: dict[str, Any], eval_rows: int = 0, template: str = CHATML) -> Any:
+def read(
+    worker: Any, path: Path, *rows: dict[str, Any], eval_rows: int = 0, eval_path: str = "", template: str = CHATML
+) -> Any:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = Recipe().with_("data.path", str(path)).with_("eval.rows", eval_rows).with_("eval.samples", 0)
+    recipe = recipe.with_("data.eval_path", eval_path)
     tell, tokenizer = PhaseTeller(worker.emit), byte_tokenizer(template)
     return read_rows(worker, tell, recipe, tokenizer, objective=SUPERVISED, identify=lambda train, held: None)
 
@@ -71,6 +74,14 @@ def test_rows_are_counted_by_the_reason_for_which_they_are_left_out(tmp_path: Pa
     assert found.left_out == {"no_answer": 1, "empty_answer": 2, "refused_by_template": 4, "nothing_to_learn": 3}
     assert len(found.train) + len(found.held_out) == len(good)
     assert read(worker, path, *good).left_out == {}
+
+
+def test_it_is_said_where_only_the_held_out_rows_leave_nothing(tmp_path: Path) -> None:
+    held = tmp_path / "held.jsonl"
+    held.write_text(json.dumps({"messages": [ASKED | {"content": "long " * 1500}, ANSWER]}))
+    with pytest.raises(JobFailed, match=r"^Of the rows that are held out: No row has .* 1 of 1 are cut") as caught:
+        read(Listener(tmp_path), tmp_path / "rows.jsonl", {"messages": [ASKED, ANSWER]}, eval_path=str(held))
+    assert caught.value.kind == "all_labels_masked" and "seq_len" in caught.value.advice
 
 
 def test_a_resumed_run_keeps_the_rows_that_it_held_out_when_it_began(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def read_rows(
 
     Raises:
         BadInput: A file changed since it was checked and cannot be used any more.
-        JobFailed: No row is left with anything to learn.
+        JobFailed: No row, or no held-out row, is left with anything to learn.
         Cancelled: The user asked for a stop.
     """
 
@@ -122,7 +122,11 @@ def read_rows(
         return examples
 
     prompts = sample_prompts(held, tokenizer, recipe.eval.samples, seq_len=recipe.train.seq_len)
-    return Rows(encoded(train_rows), encoded(held) if held else [], prompts, +left_out)
+    examples = encoded(train_rows)
+    try:
+        return Rows(examples, encoded(held) if held else [], prompts, +left_out)
+    except JobFailed as error:
+        raise JobFailed(error.kind, f"Of the rows that are held out: {error}", error.advice) from error
 
 
 def _template(worker: Worker, recipe: Recipe) -> NamedTemplate | None:
