@@ -94,7 +94,18 @@ def test_every_kind_of_file_is_guessed_from_its_beginning(tmp_path: Path) -> Non
     (tmp_path / "parts").mkdir()
     for part in range(4):
         pq.write_table(pa.Table.from_pylist(texts[part::4]), tmp_path / "parts" / f"train-0000{part}-of-00004.parquet")
-    for name in ("a.jsonl", "a.json", "a.jsonl.gz", "a.csv", "a.parquet", "a.arrow", "parts", "parts:train"):
+    (tmp_path / "line.json").write_text(json.dumps({"data": texts}))
+    for name in (
+        "a.jsonl",
+        "a.json",
+        "line.json",
+        "a.jsonl.gz",
+        "a.csv",
+        "a.parquet",
+        "a.arrow",
+        "parts",
+        "parts:train",
+    ):
         guess = guess_rows(str(tmp_path / name))
         assert guess is not None, name
         assert guess.rows == pytest.approx(4000, rel=0.03), name
@@ -113,6 +124,12 @@ def test_texts_of_a_folder_are_rows(tmp_path: Path) -> None:
 def test_what_is_no_json_lines_is_not_guessed(tmp_path: Path, content: str) -> None:
     path = tmp_path / "odd.jsonl"
     path.write_text(content)
+    assert guess_rows(str(path)) is None
+
+
+def test_a_first_row_longer_than_the_look_tells_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "q", "completion": "a " * words}) + "\n" for words in (300_000, 1)))
     assert guess_rows(str(path)) is None
 
 

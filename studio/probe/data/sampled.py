@@ -136,7 +136,8 @@ def _guess(place: DataFiles, how: Reading, _changed: tuple[tuple[int, int], ...]
                 consumed = max(1, file.done * len(start) // unpacked) if file.packed else len(start)
             begun = Opened(file.name, io.BufferedReader(io.BytesIO(start)), len(start), file.head, False, io.BytesIO())
             rows = _beginning(BY_BYTES[kind](begun, Findings(skips=True), None), whole=not ahead)
-            if kind == "json" and ahead and not file.packed and start.removeprefix(BOM).lstrip()[:1] != b"[":
+            lines = b"\n" in start and start.removeprefix(BOM).lstrip()[:1] != b"["
+            if kind == "json" and ahead and not file.packed and lines:
                 consumed -= len(start) - start.rfind(b"\n") - 1
             counted = not ahead and len(place.files) == 1
             return _guess_of(len(rows) if counted else round(place.size_bytes * len(rows) / consumed), rows)
