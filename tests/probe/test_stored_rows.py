@@ -65,6 +65,15 @@ def test_few_rows_stay_in_memory(tmp_path: Path) -> None:
     assert not (tmp_path / "rows").exists()
 
 
+@pytest.mark.parametrize("field", ["tools", "template_kwargs"])
+def test_what_stands_beside_the_turns_takes_memory_too(tmp_path: Path, no_memory: None, field: str) -> None:
+    rows: list[Row] = [replace(row, **{field: "long " * 50}) for row in ROWS[:10]]  # type: ignore[arg-type]
+    assert len("".join(turn.words for row in rows for turn in row.turns)) < stored_rows.IN_MEMORY_CHARACTERS
+    kept = written(tmp_path / "rows", rows)[1]
+    assert isinstance(kept, StoredRows)
+    assert list(kept) == rows
+
+
 def test_a_store_is_the_sequence_of_its_rows(tmp_path: Path, no_memory: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stored_rows, "_BLOCK_BYTES", 1000)
     _, rows = written(tmp_path / "rows", ROWS)

@@ -127,6 +127,8 @@ class RowWriter:
             return
         self._rows.append(row)
         self._characters += sum(len(turn.words) for turn in row.turns)
+        if not isinstance(row, PlainText):
+            self._characters += len(row.tools) + len(row.template_kwargs)  # documents are most of some rows
         if self._characters > IN_MEMORY_CHARACTERS:
             self._spool = Spool(self._scratch, ROWS_FILE)
             for one in self._rows:
