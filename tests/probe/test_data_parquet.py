@@ -1,6 +1,7 @@
 """Parquet files that hold far more than their size says, and ordinary ones that must be read as ever."""
 
 import resource
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 
@@ -125,3 +127,23 @@ def test_categories_and_large_strings_are_texts(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "kinds.parquet")
     found = [row for _, row in parquet_rows.parquet_rows(tmp_path / "kinds.parquet", None)]
     assert found == [{"prompt": p, "completion": c} for p, c in zip("aba", "xyz", strict=True)]
+
+
+def test_categories_of_numbers_in_an_arrow_file_are_read(tmp_path: Path) -> None:
+    table = pa.table({"prompt": ["a", "b"], "completion": ["x", "y"], "label": pa.array([0, 1]).dictionary_encode()})
+    feather.write_feather(table, tmp_path / "kinds.arrow")
+    found = [row for _, row in parquet_rows.arrow_rows(tmp_path / "kinds.arrow", None)]
+    assert found == table.to_pylist()
+
+
+def test_one_text_that_many_rows_view_counts_for_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet_rows, "_free_bytes", lambda: 20e6)
+    view = struct.pack("<i4sii", 30_000, b"xxxx", 0, 0)
+    buffers = [None, pa.py_buffer(view * 1000), pa.py_buffer(b"x" * 30_000)]
+    table = pa.table({"text": pa.Array.from_buffers(pa.string_view(), 1000, buffers)})
+    with pa.OSFile(str(tmp_path / "views.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as out:
+        out.write_table(table)
+    with pytest.raises(BadInput, match=r"its rows up to 1,000 alone hold 0\.0 GB"):
+        list(parquet_rows.arrow_rows(tmp_path / "views.arrow", None))
+    monkeypatch.setattr(parquet_rows, "_free_bytes", lambda: 200e6)
+    assert len(list(parquet_rows.arrow_rows(tmp_path / "views.arrow", None))) == 1000

@@ -303,9 +303,13 @@ def _column_bytes(array: Any) -> int:
     import pyarrow.compute as pc  # noqa: PLC0415
 
     kind = array.type
-    if pa.types.is_dictionary(kind):
+    if pa.types.is_dictionary(kind) and not pa.types.is_primitive(kind.value_type):
         lengths = pc.take(pc.binary_length(array.dictionary), array.indices)
         return int(pc.sum(lengths).as_py() or 0) + 8 * len(array)
+    if pa.types.is_string_view(kind) or pa.types.is_binary_view(kind):
+        # A view is a length and a place, 16 bytes in all; many may lie in one place.
+        views = memoryview(array.buffers()[1])[16 * array.offset : 16 * (array.offset + len(array))]
+        return sum(max(0, length) for length in views.cast("i")[::4]) + 8 * len(array)
     if pa.types.is_struct(kind):
         return sum(_column_bytes(field) for field in array.flatten())
     if pa.types.is_map(kind):
