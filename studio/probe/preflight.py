@@ -9,8 +9,9 @@ from studio.core.recipe import Recipe
 from studio.core.recipe_parse import refuse
 from studio.core.text import plain
 from studio.probe.data import DataSet
-from studio.probe.data.mixture import data_of, eval_data_of, missing_data
+from studio.probe.data.mixture import at_commits, data_of, eval_data_of, missing_data
 from studio.probe.data.opened import Progress
+from studio.probe.data.places import same_place
 from studio.probe.device import Place, Sight, place_of
 from studio.probe.held_out import hold_out
 from studio.probe.models import BaseFound, find_base, refuse_untrainable
@@ -65,10 +66,12 @@ def check_training(recipe: Recipe, *, sight: Sight | None = None, progress: Prog
         if size_bytes > _AT_ONCE_BYTES:
             listed = ", ".join(plain(word, one_line=True) for word in missing)
             notes += (f"{listed}: {size_bytes / 1e9:.1f} GB are downloaded by the run; it checks the rows then.",)
-            return PreflightReport(recipe, base, None, notes, place)
+            return PreflightReport(at_commits(recipe), base, None, notes, place)
     data, eval_data = data_of(recipe, progress=progress), eval_data_of(recipe, progress=progress)
     if data.commit:
         recipe = recipe.with_("data.revision", data.commit)  # so that a resume reads the same rows
+    if eval_data and eval_data.commit and not same_place(recipe.data.eval_path, recipe.data.path):
+        recipe = recipe.with_("data.eval_path", eval_data.word)
     if any(part.data.commit for part in data.parts):
         pinned = zip(recipe.data.sources, data.parts, strict=True)
         sources = (replace(one, path=part.data.word if part.data.commit else one.path) for one, part in pinned)

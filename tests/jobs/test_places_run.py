@@ -9,6 +9,7 @@ import pytest
 from studio.core.errors import BadInput
 from studio.core.events import Phase, Warned
 from studio.core.recipe import Recipe
+from studio.core.sources import Source
 from studio.probe import preflight
 from studio.probe.audit import audit_of_run, rows_to_measure
 from studio.probe.preflight import check_training
@@ -94,6 +95,8 @@ def test_a_data_set_of_the_hub_is_trained_at_the_commit_that_was_checked(
     assert checked.data is not None
     assert len(checked.data.rows) == 4
     assert checked.recipe.data.revision == COMMIT
+    measured_there = named.with_("data.path", str(folder / "data")).with_("data.eval_path", "owner/chats:test")
+    assert check_training(measured_there).recipe.data.eval_path == f"owner/chats@{COMMIT}:test"
     on_hub.clear()
     paths = train(checked.recipe)
     assert len(history_of(paths).train.losses) == 5
@@ -115,6 +118,13 @@ def test_much_data_of_the_hub_is_downloaded_by_the_run(
     named = recipe.with_("data.path", "owner/chats:train")
     checked = check_training(named)
     assert checked.data is None
+    assert checked.recipe.data.revision == COMMIT
+    both = named.with_("data.eval_path", "owner/chats:test")
+    assert check_training(both).recipe.data.eval_path == "owner/chats:test", "of the same data set, at its commit"
+    (other,) = check_training(
+        both.with_("data.path", "embedded").with_("data.sources", (Source("owner/chats:train"),))
+    ).recipe.data.sources
+    assert other.path == f"owner/chats@{COMMIT}:train"
     assert "owner/chats:train: 0.0 GB are downloaded by the run; it checks the rows then." in checked.notes
     assert not any("/resolve/" in request for request in on_hub)
     assert _data_bytes(named) == float("inf")

@@ -10,6 +10,7 @@ from array import array
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from random import Random
@@ -114,6 +115,30 @@ def missing_data(recipe: Recipe) -> dict[str, int]:
             except BadInput as error:
                 raise BadInput(f"{field}: {error}") from error
     return missing
+
+
+def at_commits(recipe: Recipe) -> Recipe:
+    """Return a recipe with the commits at which its data sets of the hub are now, so that a resume reads the same.
+
+    Raises:
+        BadInput: One cannot be had.
+    """
+    commits, words = {}, {}
+    for field, word, how in words_of(recipe):
+        if there := hub_word(word, how):
+            from studio.probe.data.hub_data import find  # noqa: PLC0415  as above
+
+            commits[field] = find(there).listing.commit
+            words[field] = there.exact(there.wanted.config, there.wanted.split, commits[field])
+    if commit := commits.get("data.path"):
+        recipe = recipe.with_("data.revision", commit)
+    if (held := words.get("data.eval_path")) and not same_place(held, recipe.data.path):
+        recipe = recipe.with_("data.eval_path", held)
+    sources = (
+        replace(source, path=words.get(f"data.sources, source {place}", source.path))
+        for place, source in enumerate(recipe.data.sources, 1)
+    )
+    return recipe.with_("data.sources", tuple(sources))
 
 
 def _eval_word(recipe: Recipe) -> tuple[str, Reading]:
