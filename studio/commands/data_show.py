@@ -79,16 +79,10 @@ def run(args: argparse.Namespace) -> int:
         BadInput: The arguments name no model, or a setting cannot be used.
         StudioError: The process cannot be started.
     """
-    recipe, module = _recipe(args), args.modules.get("show", MODULE)
-    with ShowProcess(ShowRequest(recipe), module=module) as process:
-        show = _Show(process, args)
-        # A file by itself is shown as what it holds; what a recipe asks for stands.
-        if not show.opens() or args.file.endswith(".toml") or args.set or not show.refuses_pairs_alone:
-            return show.run()
-    with ShowProcess(ShowRequest(recipe.with_("train.objective", "dpo")), module=module) as process:
-        show = _Show(process, args)
-        show.opens()
-        return show.run()
+    # A file by itself is shown as what it holds; what a recipe asks for stands.
+    request = ShowRequest(_recipe(args), pairs=not args.file.endswith(".toml") and not args.set)
+    with ShowProcess(request, module=args.modules.get("show", MODULE)) as process:
+        return _Show(process, args).run()
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
@@ -119,29 +113,11 @@ class _Show:
         self._process, self._args = process, args
         self._opened = Opened()
         self._summary = Summary()
-        self.failed = DONE
-        """The exit code where the data cannot be opened."""
-
-    def opens(self) -> bool:
-        """Wait until the data are read, and return whether they could be; what was wrong is told."""
-        try:
-            self._heard(Opened)
-        except _NotShownError as failed:
-            complain(plain(str(failed)))
-            self.failed = failed.code
-        return not self.failed
-
-    @property
-    def refuses_pairs_alone(self) -> bool:
-        """Whether nothing is wrong with the rows but that they are pairs, which only DPO and ORPO learn from."""
-        fatal = {one["kind"] for one in self._opened.findings if one["fatal"]}
-        return fatal == {"preference_pair"}
 
     def run(self) -> int:
         """Show the rows and what they add up to, and return the exit code."""
-        if self.failed:
-            return self.failed
         try:
+            self._heard(Opened)
             rows = self._rows()
             while not self._summary.seq_len or not self._summary.whole:
                 self._heard(Summary)

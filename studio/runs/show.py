@@ -26,15 +26,18 @@ class ShowRequest:
         recipe: Names model and data, and says how rows are read, split and encoded.
         run: The folder of the run that the recipe belongs to; its date and its held-out rows are taken. Empty for none.
         gentle: Whether everything else on the machine goes first.
+        pairs: Whether a file of nothing but pairs of answers is shown as what DPO learns, whatever the recipe learns.
     """
 
     recipe: Recipe
     run: str = ""
     gentle: bool = False
+    pairs: bool = False
 
     def table(self) -> dict[str, Any]:
         """Return it as the first line of the process."""
-        return {"load": {"recipe": self.recipe.to_dict(), "run": self.run, "gentle": self.gentle}}
+        asked = {"run": self.run, "gentle": self.gentle, "pairs": self.pairs}
+        return {"load": {"recipe": self.recipe.to_dict(), **asked}}
 
 
 @dataclass(frozen=True, slots=True)

@@ -241,7 +241,7 @@ class StudioApp(App[None]):
         from studio.runs.show import ShowRequest  # noqa: PLC0415  as above
         from studio.tui.screens.data import DataScreen  # noqa: PLC0415  as above
 
-        request = ShowRequest(message.recipe, str(message.run.root) if message.run else "")
+        request = ShowRequest(message.recipe, str(message.run.root) if message.run else "", pairs=message.pairs)
         self.push_screen(DataScreen(request, services=self._services))
 
     def on_show_setup(self) -> None:

@@ -47,7 +47,7 @@ class ShowSetup(Message):
 class ShowData(Message):
     """The user wants to see the data of a recipe as the model reads it."""
 
-    def __init__(self, recipe: Recipe, run: RunPaths | None = None) -> None:
-        """Carry the recipe, and the run that it belongs to, if any."""
+    def __init__(self, recipe: Recipe, run: RunPaths | None = None, *, pairs: bool = False) -> None:
+        """Carry the recipe, the run that it belongs to, if any, and whether pairs of answers are shown as pairs."""
         super().__init__()
-        self.recipe, self.run = recipe, run
+        self.recipe, self.run, self.pairs = recipe, run, pairs

@@ -352,6 +352,19 @@ def test_pairs_show_both_sides_and_add_up_as_their_training_does(model: Path, tm
     assert texts == [["it is 1<|im_end|>"], ["xxxx<|im_end|>"]]
 
 
+def test_pairs_are_shown_as_pairs_where_nothing_else_is_asked_for(model: Path, tmp_path: Path) -> None:
+    """But for a file that holds other rows too: nothing learns from both."""
+    rows: list[dict[str, Any]] = [pair(f"what is {place}", f"it is {place}", "no") for place in range(4)]
+    _, recipe = session_of(model, tmp_path / "pairs.jsonl", rows)
+
+    def opened(*, pairs: bool) -> Opened:
+        return Session(ShowRequest(recipe, pairs=pairs), lambda detail, fraction: None).opened
+
+    assert (opened(pairs=False).rows, opened(pairs=True).rows) == (0, 4)
+    session_of(model, tmp_path / "pairs.jsonl", [*rows, talk("what", "it")])
+    assert [one["kind"] for one in opened(pairs=True).findings if one["fatal"]] == ["preference_pair"] * 4
+
+
 def test_texts_in_blocks_are_shown_as_blocks_of_the_row_length(model: Path, tmp_path: Path) -> None:
     session, recipe = session_of(model, tmp_path / "t.jsonl", [{"text": "abcdefgh" * 20}] * 2, train__seq_len=64)
     session.add_up()

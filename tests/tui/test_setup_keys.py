@@ -10,9 +10,11 @@ from textual.content import Content
 from textual.pilot import Pilot
 from textual.widgets import OptionList
 
+from studio.core.errors import StudioError
 from studio.core.recipe import EMBEDDED
 from studio.core.shape import ModelShape
 from studio.core.shape_from_config import shape_from_config
+from studio.runs.show import ShowProcess, ShowRequest
 from studio.tui.app import StudioApp
 from studio.tui.panels.setup_step import SetupStep
 from studio.tui.screens.cards import CardScreen
@@ -166,3 +168,20 @@ def test_words_that_no_longer_fill_their_place_give_the_keys_back(tmp_path: Path
         assert step.query_one(OptionList).has_focus
 
     play_setup(story, tmp_path, finding(Told()), size=NARROW)
+
+
+def test_the_rows_of_a_file_of_pairs_can_be_seen_before_it_is_taken(tmp_path: Path) -> None:
+    """The set-up recommends what learns from pairs, so that its look at the rows must not refuse them."""
+    asked: list[ShowRequest] = []
+
+    def show(request: ShowRequest) -> ShowProcess:
+        asked.append(request)
+        raise StudioError("not now")
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await through(pilot, app, "model", "data")
+        await pilot.press("d")
+        await until(pilot, lambda: "not now" in shown(app))
+        assert [request.pairs for request in asked] == [True]
+
+    play_setup(story, tmp_path, given(finding(Told()), show_data=show))

@@ -28,7 +28,7 @@ def main() -> None:
     given = line.asked.get()["load"]
     line.tell(Loading("starting"))
     try:
-        request = ShowRequest(read_table(given["recipe"])[0], given["run"], given["gentle"])
+        request = ShowRequest(**given | {"recipe": read_table(given["recipe"])[0]})
         if request.gentle:
             with suppress(AttributeError, OSError):  # Windows has none
                 os.nice(_GENTLE)

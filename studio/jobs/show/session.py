@@ -101,6 +101,10 @@ class Session:
 
         told = [0.0]
         data = data_of(recipe, read=inspect_data, progress=read)
+        fatal = {one.kind for one in data.findings if one.fatal}
+        if request.pairs and not data.rows and fatal == {"preference_pair"}:
+            recipe = recipe.with_("train.objective", "dpo")
+            data = data_of(recipe, read=inspect_data, progress=read)
         folder = find_base(recipe.model.base, recipe.model.revision).path
         notes = [*data.notes(), *filter(None, (advice_of(recipe, folder, data.rows),))]
         self._rows, self._held, more = _held_out(recipe, data, self._run)

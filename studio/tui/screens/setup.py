@@ -259,7 +259,8 @@ class SetupScreen(Screen[SetupDone | None]):
 
     def action_show_data(self) -> None:
         """Show the rows of the file under the cursor as the chosen model reads them."""
-        self.post_message(ShowData(recipe_to_show(self._answers_with("data", self._step("data").lit))))
+        answers = self._answers_with("data", self._step("data").lit)
+        self.post_message(ShowData(recipe_to_show(answers), pairs=True))  # it would recommend what learns from them
 
     def action_back(self) -> None:
         """Go one step back, from the first to the configure screen; nothing is forgotten."""
