@@ -197,9 +197,8 @@ def test_configurations_are_those_of_the_card(tmp_path: Path) -> None:
 @pytest.mark.parametrize("files", [{"chats.py": b"import os"}, {"README.md": b"#", "rows.zip": b"PK"}])
 def test_what_is_made_by_a_script_is_read_from_the_hubs_own_copy(tmp_path: Path, files: dict[str, bytes]) -> None:
     chats = put(tmp_path / "repository", files)
-    copy = put(
-        tmp_path / "copy", {"default/partial-train/0000.parquet": parquet(1), "default/test/0000.parquet": parquet(2)}
-    )
+    parts = {"default/partial-train/0000.parquet": 1, "default/test/0000.parquet": 2, "other/train/0000.parquet": 3}
+    copy = put(tmp_path / "copy", {name: parquet(place) for name, place in parts.items()})
     with hub("owner/chats", chats, kind="datasets", branches={"refs/convert/parquet": copy}) as (endpoint, _):
         found = ask(tmp_path, endpoint=endpoint)
     assert found["answers"] == ["1"]
@@ -207,6 +206,8 @@ def test_what_is_made_by_a_script_is_read_from_the_hubs_own_copy(tmp_path: Path,
         "the hub's own copy in Parquet is read, which holds only the first gigabytes" in note for note in found["notes"]
     )
     assert ask(tmp_path, offline=True)["answers"] == ["1"]
+    for again in ({"revision": found["commit"]}, {"word": found["word"]}):  # as a run and its resume name it
+        assert ask(tmp_path, offline=True, **again)["answers"] == ["1"]
 
 
 def test_a_script_without_a_copy_is_refused(tmp_path: Path) -> None:

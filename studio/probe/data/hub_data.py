@@ -39,6 +39,7 @@ _RESUMED_BYTES = 32 * 2**20
 """Smaller files are downloaded again after an interruption, as the client does it."""
 _CONVERTED = "refs/convert/parquet"
 """The branch in which the hub keeps its own copy of a data set in Parquet, a folder for each split."""
+_COPIED = re.compile(r"[^/]+/[^/]+/\d{4,}\.parquet")
 _MOST_FILES = 200_000
 _MOST_NOTE_BYTES = 64 * 2**20
 _KEPT_COMMITS = 5
@@ -122,6 +123,8 @@ def find(word: HubWord, *, ask: bool = True) -> Found:
         BadInput: As `fetched`; without asking, also that it was never looked at.
     """
     listing = _listing(word, word.revision, ask=ask)
+    if _COMMIT.fullmatch(word.revision) and _is_copy(listing):  # of which a run has noted the commit
+        return _converted(word, listing)
     shown = f"The data set {word.repo}"
     try:
         chosen = choose(listing.sizes, _layout(word, listing, ask=ask), word.wanted, shown, strict=False)
@@ -131,7 +134,7 @@ def find(word: HubWord, *, ask: bool = True) -> Found:
         if word.revision or (readable and not script):
             raise
         with suppress(BadInput):
-            return _converted(word, ask=ask)
+            return _converted(word, _listing(word, _CONVERTED, ask=ask))
         if script:
             raise BadInput(
                 f"{shown} is made by a script of its own, which is not run here, and the hub has no copy of it in "
@@ -158,13 +161,18 @@ def _found(word: HubWord, listing: Listing, chosen: Chosen) -> Found:
     return found
 
 
-def _converted(word: HubWord, *, ask: bool) -> Found:
+def _is_copy(listing: Listing) -> bool:
+    """Return whether files are those of the hub's own copy in Parquet."""
+    rows = [name for name in listing.sizes if kind_of_name(name) not in ("", "text")]
+    return bool(rows) and CARD not in listing.sizes and all(map(_COPIED.fullmatch, rows))
+
+
+def _converted(word: HubWord, listing: Listing) -> Found:
     """Return the hub's own copy in Parquet: folders of configurations, in each a folder for each split.
 
     Raises:
-        BadInput: There is none.
+        BadInput: It has not what is asked for.
     """
-    listing = _listing(word, _CONVERTED, ask=ask)
     parts: dict[str, dict[str, list[str]]] = {}
     for name in listing.sizes:
         config, _, rest = name.partition("/")
