@@ -59,6 +59,13 @@ def test_columns_are_mapped_and_called_as_the_file_calls_them(file: Path, write:
     assert (finding.field, finding.message) == ("Antwort", "found a number; wanted text")
 
 
+def test_names_of_columns_cannot_write_to_the_terminal(file: Path) -> None:
+    data = read_data(
+        lines(file, {"\x1b[31mq": "Why?", "a": "So."}), Reading(columns=(("prompt", "\x1b[31mq"), ("completion", "a")))
+    )
+    assert data.described() == r"prompt/completion (\x1b[31mq, a), 1 row"
+
+
 @pytest.mark.parametrize("write", [lines, tables])
 def test_messages_and_their_fields_are_mapped(file: Path, write: Any) -> None:
     said = [{"who": "client", "says": "Why?"}, {"who": "agent", "says": "Because."}]

@@ -33,7 +33,7 @@ _PRESENCE = MEDIA_COLUMNS
 _BATCH_ROWS = 1024
 _MOST_BATCH_BYTES = 256 * 2**20
 _MEMORY_SHARE = 0.5
-"""Most of the free memory that the texts may take: they stay in memory, and so do their tokens later."""
+"""Most of the free memory that the texts of a file may unpack to, as for packed files."""
 
 
 def parquet_rows(path: Path, progress: Progress | None, how: Reading = AS_IT_IS) -> Iterator[tuple[int, Any]]:

@@ -280,7 +280,8 @@ class DataSet:
         rows = _rows(len(self.rows))
         if self.parts:
             return f"a mixture of {len(self.parts)} files, {rows}: {'; '.join(self.shares())}"
-        return f"{self.format.replace('_', '/')} ({', '.join(self.columns)}), {rows}"
+        columns = ", ".join(plain(column, one_line=True, limit=40) for column in self.columns)
+        return f"{self.format.replace('_', '/')} ({columns}), {rows}"
 
     def beside_words(self) -> str:
         """Return in words which columns were used as well; empty for none."""
