@@ -101,6 +101,24 @@ def test_a_file_may_be_plain_text_and_the_user_may_go_back(tmp_path: Path) -> No
     play_setup(story, tmp_path, finding(told, files=(path,)))
 
 
+def test_a_single_column_is_text(tmp_path: Path) -> None:
+    path, told = tmp_path / "rows.jsonl", Told()
+    path.write_text(json.dumps({"Geschichte": "Once upon a time"}) + "\n")
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await to_the_question(pilot, app, path)
+        assert "Which column holds the text?" in shown(app)
+        await pilot.press("escape")
+        await until(pilot, lambda: step_of(app) == "data")
+        await pilot.press("enter")
+        await until(pilot, lambda: isinstance(app.screen, ColumnsScreen))
+        await choose(pilot, app, "Geschichte")
+        await until(pilot, lambda: step_of(app) == "goal")
+        assert told.kept[-1].columns == (("text", "Geschichte"),)
+
+    play_setup(story, tmp_path, finding(told, files=(path,)))
+
+
 @pytest.mark.slow
 def test_another_file_forgets_the_columns(tmp_path: Path) -> None:
     path, other, told = lines(tmp_path / "rows.jsonl", ROW), tmp_path / "other.jsonl", Told()

@@ -22,7 +22,7 @@ _NO_PROMPT = "none: the file is plain text to continue"
 
 
 class ColumnsScreen(Dialog[Pairs]):
-    """Asks for the prompt, then for the answer. Closes with the names of both, or with None after escape."""
+    """Asks for the prompt and then for the answer, or for a text. Closes with their names, with None after escape."""
 
     DEFAULT_CSS = """
     ColumnsScreen {
@@ -36,7 +36,8 @@ class ColumnsScreen(Dialog[Pairs]):
         super().__init__()
         self._columns = columns
         self._chosen: Pairs = ()
-        self._asked = "prompt"
+        self._first = "prompt" if len(columns) > 1 else "text"  # a single column can hold nothing but text
+        self._asked = self._first
         self._offered: list[str] = []
 
     def compose(self) -> ComposeResult:
@@ -48,8 +49,8 @@ class ColumnsScreen(Dialog[Pairs]):
             yield OptionList(compact=True)
 
     def on_mount(self) -> None:
-        """Ask for the prompt."""
-        self._ask("prompt")
+        """Ask for the prompt, or for the text where there is one column only."""
+        self._ask(self._first)
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         """Take a column, and ask for the next or close."""
@@ -66,7 +67,7 @@ class ColumnsScreen(Dialog[Pairs]):
 
     def action_leave(self) -> None:
         """Go back to the question before, from the first without an answer."""
-        if self._asked == "prompt":
+        if self._asked == self._first:
             self.dismiss(None)
         else:
             self._chosen = ()
