@@ -79,8 +79,9 @@ def run(args: argparse.Namespace) -> int:
         BadInput: The arguments name no model, or a setting cannot be used.
         StudioError: The process cannot be started.
     """
-    # A file by itself is shown as what it holds; what a recipe asks for stands.
-    request = ShowRequest(_recipe(args), pairs=not args.file.endswith(".toml") and not args.set)
+    # A file by itself is shown as what it holds; what a recipe or a setting asks for stands.
+    asked = args.file.endswith(".toml") or any(word.partition("=")[0] == "train.objective" for word in args.set)
+    request = ShowRequest(_recipe(args), pairs=not asked)
     with ShowProcess(request, module=args.modules.get("show", MODULE)) as process:
         return _Show(process, args).run()
 

@@ -58,7 +58,7 @@ def test_rows_in_words_and_rows_that_are_not_there(cli: Cli, model: str) -> None
 
 def test_pairs_are_shown_as_what_they_are_unless_something_else_is_asked_for(cli: Cli, model: str) -> None:
     Path("pairs.jsonl").write_text(json.dumps({"prompt": "what", "chosen": "this", "rejected": "that"}) + "\n")
-    outcome = cli("data", "show", "pairs.jsonl", "--model", model, "--json")
+    outcome = cli("data", "show", "pairs.jsonl", "--model", model, "--set", "train.seq_len=64", "--json")
     assert outcome.code == 0
     learnt = [row["text"][begin:end] for row in outcome.document["rows"] for begin, end in row["trained"]]
     assert learnt == ["this<|im_end|>", "that<|im_end|>"]
