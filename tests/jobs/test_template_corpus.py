@@ -1,14 +1,28 @@
 """Published chat templates: every answer is trained as the model is served, or it is said that it is not."""
 
 from collections import Counter
+from copy import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from studio.jobs.base.data.bounded import freeze_date
+from studio.jobs.base.data.rows import Encoder, Encoding
 from studio.jobs.base.tokenizer import load_tokenizer
 from tests.fakes.tokenizers import sentencepiece_folder
-from tests.jobs.template_cases import DATE, FOLDER, KINDS, judge, judged, special_words, summary, tokenizer_for
+from tests.jobs.template_cases import (
+    DATE,
+    FOLDER,
+    KINDS,
+    conversation,
+    judge,
+    judged,
+    special_words,
+    summary,
+    tokenizer_for,
+)
 
 CORE = (
     "Qwen-Qwen3-0.6B",
@@ -34,6 +48,28 @@ def test_a_core_of_templates(name: str) -> None:
     verdicts = {kind: judge(tokenizer, kind) for kind in KINDS}
     assert not {kind: verdict.why for kind, verdict in verdicts.items() if verdict.word == "wrong"}
     assert Counter(verdict.word for verdict in verdicts.values())["exact"] >= len(KINDS) // 3
+
+
+class Asked(PreTrainedTokenizerFast):
+    """Has a way of its own to tokenise, so that nothing else may be used."""
+
+    def __call__(self, *texts: Any, **options: Any) -> Any:
+        return super().__call__(*texts, **options)
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_where_tokens_stand_need_not_be_asked(name: str) -> None:
+    """Examples are the same whether the tokenizer says where each token stands or special tokens tell."""
+    rows = [conversation(kind) for kind in KINDS]
+    tokenizer = tokenizer_for(text_of(name), name)
+    told, _ = Encoder(tokenizer, Encoding(8192)).encode(rows)
+    asked = copy(tokenizer)
+    asked.__class__ = Asked
+    expected, _ = Encoder(asked, Encoding(8192)).encode(rows)
+    for of_row, others in zip(told, expected, strict=True):
+        for one, other in zip(of_row, others, strict=True):
+            assert one.input_ids.tolist() == other.input_ids.tolist()
+            assert one.labels.tolist() == other.labels.tolist()
 
 
 @pytest.mark.parametrize(

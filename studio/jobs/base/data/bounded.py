@@ -151,8 +151,10 @@ def apply_template(tokenizer: Any, chats: Sequence[Table], **options: Any) -> An
 
 
 def _refuse_endless(chat: Table, text: object) -> None:
+    if not isinstance(text, str) or len(text) <= _LEAST_CHARACTERS:
+        return
     asked = _characters(chat)
-    if isinstance(text, str) and len(text) > _LEAST_CHARACTERS + _LONGER * asked:
+    if len(text) > _LEAST_CHARACTERS + _LONGER * asked:
         raise BadInput(
             f"the model's chat template makes {len(text):,} characters of a conversation of {asked:,}, {_ANOTHER}"
         )

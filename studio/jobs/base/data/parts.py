@@ -55,6 +55,8 @@ def reasoning_of(turn: Message) -> tuple[str, str]:
 def says_something(turn: Message, said: str) -> bool:
     """Return whether an answer as the template writes it holds anything of the answer in the data."""
     thought, words = (text.strip() for text in reasoning_of(turn))
+    if words and words in said:
+        return True
     bare = "".join(said.split())
     return any("".join(one.split()) in bare for one in (thought, words, *(call.name for call in turn.calls)) if one)
 

@@ -29,7 +29,8 @@ def missing(row: Conversation, texts: Sequence[str], said: Mapping[int, str]) ->
     for place, text in said.items():
         turn = row.messages[place]
         counts.update(_absent(list(_pieces(turn)), [text]))
-        counts["calls"] += _uncalled(turn.calls, text)
+        if turn.calls:
+            counts["calls"] += _uncalled(turn.calls, text)
     others = [turn for place, turn in enumerate(row.messages) if place not in said]
     counts.update(_absent([piece for turn in others for piece in _pieces(turn) if piece[0] != "reasoning"], texts))
     if row.tools or any(turn.calls for turn in others):
@@ -39,7 +40,8 @@ def missing(row: Conversation, texts: Sequence[str], said: Mapping[int, str]) ->
     return +counts
 
 
-def _absent(pieces: Sequence[tuple[str, str]], texts: Sequence[str]) -> Counter[str]:
+def _absent(pieces: Sequence[tuple[str, str]], texts: Sequence[str]) -> list[str]:
+    """Return the kinds of those pieces that stand in none of the texts."""
     pieces = sorted(pieces, key=lambda piece: -len(piece[1]))
     absent = set(range(len(pieces)))
     for text in reversed(texts):
@@ -53,7 +55,7 @@ def _absent(pieces: Sequence[tuple[str, str]], texts: Sequence[str]) -> Counter[
         if absent:
             bare = "".join(rest.split())
             absent = {place for place in absent if not any(form in bare for form in _bare(pieces[place][1]))}
-    return Counter(pieces[place][0] for place in absent)
+    return [pieces[place][0] for place in absent]
 
 
 def _uncalled(calls: Sequence[ToolCall], text: str) -> int:
@@ -73,7 +75,7 @@ def _pieces(turn: Message) -> Iterator[tuple[str, str]]:
         ("reasoning", thought.replace("<think>", "")),
         (turn.role, said),
     ):
-        if words := _SWITCH.sub("", words).strip():
+        if words := _switched(words).strip():
             yield kind, words
 
 

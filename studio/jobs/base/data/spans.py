@@ -226,7 +226,8 @@ class Locator:
 
     def _ended_within(self, turn: Message, said: str) -> bool:
         """Return whether the end token stands in an answer before its end, where the data has none."""
-        return bool(self.eos) and said.removesuffix(self.eos).count(self.eos) > turn.words.count(self.eos)
+        within = said.removesuffix(self.eos).count(self.eos) if self.eos else 0
+        return within > 0 and within > turn.words.count(self.eos)
 
     def _header_and_stop(self) -> tuple[str, str]:
         """Return what opens an assistant's turn in a whole conversation, and the special token that ends the turn.

@@ -91,7 +91,7 @@ class Renderer:
         for place, (row, _, ask) in enumerate(wanted):
             together.setdefault((row.tools, row.template_kwargs, ask), []).append(place)
         for (tools, more, ask), places in together.items():
-            tables = [self._table(wanted[place], spelling) for place in places]
+            tables = list(self._tables([wanted[place] for place in places], spelling))
             try:
                 texts = _rendered(self.tokenizer, tables, ask, options(tools, more))
             except ValueError:  # its variables
@@ -124,7 +124,7 @@ class Renderer:
         wanted = Wanted(row, len(row.messages), ask=False)
         try:
             more = options(row.tools, row.template_kwargs)
-            apply_template(self.tokenizer, [self._table(wanted, None)], tokenize=False, **more)
+            apply_template(self.tokenizer, list(self._tables([wanted], None)), tokenize=False, **more)
         except _REFUSALS as error:
             return str(error)
         return ""
@@ -134,8 +134,14 @@ class Renderer:
         names = json.loads(row.template_kwargs) if row.template_kwargs else ()
         return unknown_variables(self.tokenizer, names)
 
-    def _table(self, wanted: Wanted, spelling: Spelling | None) -> Table:
-        return table_of(wanted.row.messages[: wanted.turns], spelling or self.spelling_of(wanted.row))
+    def _tables(self, wanted: Sequence[Wanted], spelling: Spelling | None) -> Iterator[Table]:
+        """Yield what the template gets for each text; that of fewer turns is a beginning of that of all."""
+        row: Conversation | None = None
+        table: Table = ()
+        for one in wanted:
+            if one.row is not row:
+                row, table = one.row, table_of(one.row.messages, spelling or self.spelling_of(one.row))
+            yield table[: one.turns]
 
     def _amiss(self, row: Conversation, spelling: Spelling) -> float:
         """Return how much of a row is missing in this spelling, or quoted twice; infinite if refused or no text."""

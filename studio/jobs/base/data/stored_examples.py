@@ -88,7 +88,7 @@ class StoredExamples(Sequence[Example]):
         place = range(len(self))[place]
         count = int(self.lengths[place])
         data = bytearray(self._source.read(int(self._starts[place]), int(self._starts[place + 1])))
-        ids = np.frombuffer(data, np.int32, count)
+        ids = np.frombuffer(data, np.int32, count).copy()  # a view would keep all that was read
         labelled = np.unpackbits(np.frombuffer(data, np.uint8, offset=4 * count), count=count).view(np.bool_)
         return Example(ids, np.where(labelled, ids, np.int32(IGNORED)))
 
