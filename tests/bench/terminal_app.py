@@ -9,9 +9,8 @@ from textual.containers import Vertical
 
 from studio.commands.open_studio import first_recipe
 from studio.tui.app import StudioApp, show
+from studio.tui.panels.data_note import DataNote
 from studio.tui.panels.field_help import FieldHelp
-from studio.tui.panels.forecast import Forecast
-from studio.tui.panels.recipe_form import RecipeForm
 from studio.tui.panels.top_bar import TopBar
 from studio.tui.screens.configure import ConfigureScreen
 from widgets.gauge import Gauge
@@ -34,12 +33,13 @@ class BusyConfigure(ConfigureScreen):
         yield TopBar("Configure", card=self._services.card)
         yield Gauge(unit="GiB", label="VRAM", id="gauge-row")
         with Vertical(id="work"):
-            yield RecipeForm(self.recipe)
+            yield self._form
             with Vertical(id="side"):
-                yield Forecast(self.recipe, services=self._services)
+                yield self._forecast
                 for name in ("loss", "memory"):
                     yield LinePlot([Curve("a", "raw", "faint"), Curve("b", "mean")], title=name, id=f"plot-{name}")
                 yield FieldHelp()
+        yield DataNote(self.recipe, services=self._services)
 
     def on_mount(self) -> None:
         """Begin to feed."""
