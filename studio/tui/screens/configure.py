@@ -38,6 +38,7 @@ from widgets.key_footer import KeyFooter
 _CHECKING = "Checking recipe, model and data, then starting ..."
 _FIRST_FIELD = "adapter.rank"
 _KEEP_AFTER_SECONDS = 1.0
+_KEYS_AFTER_SECONDS = 0.5
 
 
 class ConfigureScreen(Screen[None]):
@@ -113,9 +114,9 @@ class ConfigureScreen(Screen[None]):
         self._source, self._sound = source, recipe
         self._launching = False
         self._keep_timer: Timer | None = None
+        self._keys_timer: Timer | None = None
         self._form, self._forecast = RecipeForm(recipe), Forecast(recipe, services=services)
         self._changes = Changes()
-        self._offered = self._changes.possible
         self._left_field = _FIRST_FIELD
 
     def compose(self) -> ComposeResult:
@@ -325,9 +326,10 @@ class ConfigureScreen(Screen[None]):
             self._form.show_what_follows(recipe)
         else:
             self._form.show(recipe)
-        if self._offered != self._changes.possible:
-            self._offered = self._changes.possible
-            self.call_after_refresh(self.refresh_bindings)  # the gauge is drawn before the keys below
+            self.refresh_bindings()
+        if self._keys_timer is not None:
+            self._keys_timer.stop()
+        self._keys_timer = self.set_timer(_KEYS_AFTER_SECONDS, self.refresh_bindings)  # costs more than the gauge
         self._forecast.follow(recipe)
         self.query_one(DataNote).follow(recipe)
         self._show_problems()
