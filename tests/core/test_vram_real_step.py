@@ -23,6 +23,8 @@ from studio.jobs.train.adapter import attach_adapter
 from studio.jobs.train.step_model import StepModel
 from tests.core.loops import staged
 
+pytestmark = pytest.mark.slow
+
 SHAPE = {
     "hidden_size": 256,
     "intermediate_size": 688,

@@ -16,6 +16,8 @@ from tests.bench.trace_settings import DATA, PHI_3_MINI
 from tests.core.loops import kernel_of, staged
 from tests.core.stock_loop import traced_stages
 
+pytestmark = pytest.mark.slow
+
 KNOWN: dict[str, Any] = json.loads((DATA / "model_configs.json").read_text(encoding="utf-8"))
 SANTACODER = {
     **{"model_type": "gpt_bigcode", "n_embd": 2048, "n_inner": 8192, "n_layer": 24, "n_head": 16, "vocab_size": 49280},

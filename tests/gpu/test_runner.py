@@ -159,6 +159,7 @@ def all_judged(runner: Runner, watched: Path, names: list[str], limit: float) ->
     return dict(zip(names, results, strict=False))
 
 
+@pytest.mark.slow
 def test_whatever_a_check_does_the_others_run(runner: Runner, watched: Path) -> None:
     runner.session.mkdir()
     with processes.Server(runner.session / "server", [HERE], runner.environment) as server:

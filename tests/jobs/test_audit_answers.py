@@ -72,6 +72,7 @@ def report(trained: RunPaths, tmp_path: Path) -> dict[str, Any]:
     return made
 
 
+@pytest.mark.slow
 def test_every_form_answers_as_it_would_alone(report: dict[str, Any], trained: RunPaths, half: Path) -> None:
     found = report["answers"]
     assert [form["name"] for form in found["forms"]] == FORMS

@@ -115,6 +115,7 @@ def test_figures_of_given_logits_are_those_of_the_whole_distributions() -> None:
     assert torch.equal(found.same, own.argmax(-1) == meant.argmax(-1))
 
 
+@pytest.mark.slow
 def test_the_files_of_a_run_are_found_and_measured_on_the_same_tokens(
     trained: RunPaths, half: Path, tools: Path, tmp_path: Path
 ) -> None:

@@ -255,6 +255,7 @@ def adapter(tmp_path: Path, base: Path) -> Path:
     return make_adapter(tmp_path / "adapter", base, target_modules=ATTENTION)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_merged_first_by_a_merge_of_its_own(
     base: Path, adapter: Path, export: Export, tools: Path, tmp_path: Path
 ) -> None:

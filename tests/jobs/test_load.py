@@ -188,6 +188,7 @@ for turn in range(2):
 """
 
 
+@pytest.mark.slow
 def test_a_hub_id_is_downloaded_once_and_loads_from_the_cache_afterwards(tiny: Path, tmp_path: Path) -> None:
     with hub("owner/tiny", tiny) as (endpoint, asked):
         settings = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": endpoint, "OMP_NUM_THREADS": "1"}

@@ -165,6 +165,7 @@ run_job(Path(sys.argv[1]), _body)
 """
 
 
+@pytest.mark.slow
 def test_a_merge_that_was_killed_goes_on_with_its_whole_shards(
     base: Path, adapter: Path, merge: Merge, tmp_path: Path, small_shards: None
 ) -> None:

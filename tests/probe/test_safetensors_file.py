@@ -133,6 +133,7 @@ def test_a_header_of_more_values_than_any_model_has_is_not_parsed(raw: bytes) ->
     assert caught.value.fault == "header_too_large"
 
 
+@pytest.mark.slow
 def test_a_header_of_a_hundred_thousand_tensors_is_read() -> None:
     """As a file of a large mixture in fp8 has them: a matrix for each expert and projection, with a long name."""
     name = "model.language_model.layers.{}.mlp.experts.{}.down_proj.weight_scale_inv"

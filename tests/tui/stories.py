@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 from textual.pilot import Pilot
 from textual.widget import Widget
 
@@ -29,6 +30,8 @@ from studio.tui.services import Services
 from tests.fakes.runs import make_run
 
 NARROW, WIDE = (80, 24), (120, 40)
+BOTH = pytest.mark.parametrize("size", [NARROW, pytest.param(WIDE, marks=pytest.mark.slow)])
+"""A story on both terminals; on the wide one it is told with the slow tests."""
 ESCAPES = "\x1b[31mred\x1b[2J\x1b]0;title\x07\x9b1;1H\u202e"
 MARKUP = "[bold red]not bold[/] [@click=app.quit]quit[/]"
 HOSTILE = f"{ESCAPES}{MARKUP}"

@@ -25,7 +25,7 @@ from studio.tui.screens.run import RunScreen
 from studio.tui.services import Services
 from tests.fakes.audit_job import answers_report, base_report, figures, run_report
 from tests.fakes.runs import LiveWorker
-from tests.tui.stories import HOSTILE, NARROW, WIDE, assert_harmless, given, play, settle, shown, until
+from tests.tui.stories import BOTH, HOSTILE, NARROW, WIDE, assert_harmless, given, play, settle, shown, until
 
 
 def an_audit(root: Path, name: str = "audit-base", report: dict[str, object] | None = None) -> RunPaths:
@@ -73,7 +73,7 @@ async def opened(pilot: Pilot[None], app: StudioApp) -> AuditScreen:
     return screen
 
 
-@pytest.mark.parametrize("size", [NARROW, WIDE])
+@BOTH
 def test_without_an_audit_it_says_how_to_begin(tmp_path: Path, size: tuple[int, int]) -> None:
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await opened(pilot, app)

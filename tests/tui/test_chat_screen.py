@@ -16,7 +16,7 @@ from studio.runs.layout import RunPaths
 from studio.tui.app import StudioApp
 from studio.tui.screens.chat import ChatScreen, Column
 from tests.fakes.runs import CHECKOUT
-from tests.tui.stories import NARROW, WIDE, assert_harmless, given, make_run, play, shown
+from tests.tui.stories import BOTH, NARROW, assert_harmless, given, make_run, play, shown
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ async def until(pilot: Pilot[None], condition: Callable[[], object]) -> None:
         await pilot.pause()
 
 
-@pytest.mark.parametrize("size", [NARROW, WIDE])
+@BOTH
 def test_two_answers_side_by_side(run: RunPaths, tmp_path: Path, size: tuple[int, int]) -> None:
     processes = _Processes()
 

@@ -13,9 +13,8 @@ from studio.tui.panels.recipe_form import notes_of, options_of
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.run import RunScreen
 from tests.tui.stories import (
+    BOTH,
     HOSTILE,
-    NARROW,
-    WIDE,
     Asked,
     assert_harmless,
     make_run,
@@ -46,7 +45,7 @@ def test_every_field_of_a_recipe_is_on_the_form_once_and_explained() -> None:
     assert options_of("train.steps") == ()
 
 
-@pytest.mark.parametrize("size", [NARROW, WIDE])
+@BOTH
 @pytest.mark.parametrize("no_color", [False, True])
 def test_the_first_screen(
     tmp_path: Path, size: tuple[int, int], no_color: bool, monkeypatch: pytest.MonkeyPatch
@@ -183,7 +182,7 @@ def test_letters_go_into_a_text_field_that_is_edited_and_start_nothing(tmp_path:
     play(story, tmp_path, services=services_that(asked))
 
 
-@pytest.mark.parametrize("size", [NARROW, WIDE])
+@BOTH
 def test_in_a_field_that_the_arrows_passed_the_keys_do_what_the_screen_says(
     tmp_path: Path, size: tuple[int, int]
 ) -> None:
@@ -252,7 +251,7 @@ def test_run_starts_the_turned_recipe_and_watches_it(tmp_path: Path) -> None:
     play(story, tmp_path, services=services_that(asked, makes=lambda: make_run(tmp_path, "made")))
 
 
-@pytest.mark.parametrize("size", [NARROW, WIDE])
+@BOTH
 def test_what_the_checks_refuse_is_listed(tmp_path: Path, size: tuple[int, int]) -> None:
     asked = Asked()
     services = services_that(asked, refuses=f"data.path: line 3 is no JSON {HOSTILE}\nmodel.base: nothing there")

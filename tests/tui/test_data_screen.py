@@ -23,6 +23,7 @@ from studio.tui.services import Services
 from tests.fakes.runs import CHECKOUT
 from tests.fakes.tiny_model import make_tiny_model
 from tests.tui.stories import (
+    BOTH,
     HOSTILE,
     NARROW,
     SELDOM,
@@ -93,7 +94,7 @@ async def until(pilot: Pilot[None], condition: Callable[[], object]) -> None:
         await pilot.pause()
 
 
-@pytest.mark.parametrize("size", [NARROW, WIDE])
+@BOTH
 def test_a_walk_through_the_rows(recipe: Recipe, tmp_path: Path, size: tuple[int, int]) -> None:
     processes = Processes()
 

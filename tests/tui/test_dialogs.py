@@ -13,7 +13,7 @@ from studio.tui.screens.ask_audit import AskAudit, base_wishes
 from studio.tui.screens.cards import CardScreen
 from studio.tui.screens.dialogs import AskLine, Confirm, Dialog
 from studio.tui.screens.help import HelpScreen
-from tests.tui.stories import NARROW, WIDE, play, settle
+from tests.tui.stories import BOTH, play, settle
 
 DIALOGS: list[tuple[Callable[[], Dialog[Any]], int]] = [
     (lambda: AskLine("Which?", "x", check=str), 9),
@@ -24,7 +24,7 @@ DIALOGS: list[tuple[Callable[[], Dialog[Any]], int]] = [
 ]
 
 
-@pytest.mark.parametrize("size", [NARROW, WIDE])
+@BOTH
 @pytest.mark.parametrize(("make", "tallest"), DIALOGS)
 def test_a_box_in_the_middle_that_escape_leaves(
     tmp_path: Path, make: Callable[[], Dialog[Any]], tallest: int, size: tuple[int, int]

@@ -21,6 +21,7 @@ from studio.tui.screens.dialogs import Confirm
 from studio.tui.screens.run import RunScreen
 from studio.tui.services import Services
 from tests.tui.stories import (
+    BOTH,
     EIGHT_B,
     HOSTILE,
     NARROW,
@@ -104,7 +105,7 @@ def test_one_row_is_always_in_sight_where_there_is_room_for_little(tmp_path: Pat
     play(story, tmp_path, size=NARROW)
 
 
-@pytest.mark.parametrize("size", [NARROW, WIDE])
+@BOTH
 def test_the_keyboard_reaches_the_end_of_the_forecast(tmp_path: Path, size: tuple[int, int]) -> None:
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await forecast(pilot, app)
@@ -123,7 +124,7 @@ def test_the_keyboard_reaches_the_end_of_the_forecast(tmp_path: Path, size: tupl
     play(story, tmp_path, recipe=LARGE, size=size)
 
 
-@pytest.mark.parametrize("size", [NARROW, WIDE])
+@BOTH
 def test_f_makes_it_fit_and_u_takes_back_first_what_came_later(tmp_path: Path, size: tuple[int, int]) -> None:
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await forecast(pilot, app)

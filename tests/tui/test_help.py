@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import pytest
 from textual.pilot import Pilot
 
 from studio.core.events import Started
@@ -12,7 +11,7 @@ from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.help import HelpScreen, help_text
 from studio.tui.screens.runs import RunsScreen
 from tests.fakes.runs import make_run, write_log
-from tests.tui.stories import NARROW, WIDE, play, settle, shown, until
+from tests.tui.stories import BOTH, play, settle, shown, until
 
 
 def test_every_field_is_explained_with_its_limits() -> None:
@@ -38,7 +37,7 @@ def test_a_key_with_control_that_the_foot_shows_is_explained_too(tmp_path: Path)
     play(story, tmp_path)
 
 
-@pytest.mark.parametrize("size", [NARROW, WIDE])
+@BOTH
 def test_help_is_of_the_screen_it_was_asked_on(tmp_path: Path, size: tuple[int, int]) -> None:
     write_log(make_run(tmp_path), Started(at=1.0, job="train"))
 

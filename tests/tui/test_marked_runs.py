@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import pytest
 from textual.pilot import Pilot
 
 from studio.core.events import Finished, Started
@@ -11,8 +10,7 @@ from studio.tui.app import StudioApp
 from studio.tui.screens.runs import RunsScreen
 from tests.fakes.runs import LiveWorker
 from tests.tui.stories import (
-    NARROW,
-    WIDE,
+    BOTH,
     make_run,
     play,
     settle,
@@ -24,7 +22,7 @@ from tests.tui.test_runs_screen import ended, rows
 from widgets.line_plot import LinePlot
 
 
-@pytest.mark.parametrize("size", [NARROW, WIDE])
+@BOTH
 def test_marked_runs_are_compared(tmp_path: Path, size: tuple[int, int]) -> None:
     for number, rank in enumerate((8, 64)):
         recipe = Recipe(name=f"r{rank}").with_("adapter.rank", rank)

@@ -29,10 +29,10 @@ from studio.tui.screens.merge_progress import MergeProgressScreen
 from studio.tui.services import Services
 from tests.fakes.runs import LiveWorker, write_log
 from tests.tui.stories import (
+    BOTH,
     HOSTILE,
     NARROW,
     SELDOM,
-    WIDE,
     assert_harmless,
     given,
     make_run,
@@ -114,7 +114,7 @@ async def opened(pilot: Pilot[None], app: StudioApp, shown_screen: MergeScreen |
     await settle(pilot)
 
 
-@pytest.mark.parametrize("size", [NARROW, WIDE])
+@BOTH
 def test_the_choices_are_seen_at_a_glance(tmp_path: Path, size: tuple[int, int]) -> None:
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await opened(pilot, app, screen(tmp_path, _Fake(tmp_path)))
@@ -213,7 +213,7 @@ def test_the_merged_model_is_always_made(tmp_path: Path) -> None:
     play(story, tmp_path)
 
 
-@pytest.mark.parametrize("size", [NARROW, WIDE])
+@BOTH
 def test_the_result_is_a_table_with_paths_and_words(tmp_path: Path, size: tuple[int, int]) -> None:
     paths = merge_run(tmp_path, MergeRequest("/a", "b", "/models/out"))
     made = merge_screen_for(paths, services=Services(), poll_seconds=SELDOM)

@@ -27,6 +27,7 @@ from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.run import RunScreen
 from tests.fakes.runs import LiveWorker
 from tests.tui.stories import (
+    BOTH,
     HOSTILE,
     NARROW,
     WIDE,
@@ -57,7 +58,7 @@ def plots(app: StudioApp) -> str:
     return "\n".join(text_of(plot) for plot in app.screen.query(LinePlot))
 
 
-@pytest.mark.parametrize("size", [NARROW, WIDE])
+@BOTH
 @pytest.mark.parametrize("no_color", [False, True])
 def test_a_live_run_is_followed(
     tmp_path: Path, size: tuple[int, int], no_color: bool, monkeypatch: pytest.MonkeyPatch
@@ -150,7 +151,7 @@ def pair_plots(app: StudioApp) -> str:
     return "\n".join(text_of(plot) for plot in app.screen.query("#pairs LinePlot"))
 
 
-@pytest.mark.parametrize("size", [NARROW, WIDE])
+@BOTH
 def test_pairs_of_answers_have_plots_of_their_own(tmp_path: Path, size: tuple[int, int]) -> None:
     paths = make_run(tmp_path)
 
@@ -189,7 +190,7 @@ def test_pairs_of_answers_have_plots_of_their_own(tmp_path: Path, size: tuple[in
         play(story, tmp_path, size=size, open_run=paths)
 
 
-@pytest.mark.parametrize("size", [NARROW, WIDE])
+@BOTH
 def test_foreign_text_is_never_markup_nor_control(tmp_path: Path, size: tuple[int, int]) -> None:
     paths = make_run(tmp_path)
     with LiveWorker(paths) as worker:
@@ -378,6 +379,7 @@ def test_the_log_is_searched(tmp_path: Path) -> None:
         worker.emit(Finished, outcome="done")
 
 
+@pytest.mark.slow
 def test_a_long_log_shows_its_curve_before_it_is_read_and_answers_keys_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,9 +19,9 @@ from studio.tui.screens.run import RunScreen
 from studio.tui.screens.runs import RunsScreen
 from tests.fakes.runs import LiveWorker, write_log
 from tests.tui.stories import (
+    BOTH,
     HOSTILE,
     NARROW,
-    WIDE,
     Asked,
     assert_harmless,
     make_run,
@@ -47,7 +47,7 @@ def rows(app: StudioApp) -> list[list[str]]:
     return [[str(cell) for cell in table.get_row_at(index)] for index in range(table.row_count)]
 
 
-@pytest.mark.parametrize("size", [NARROW, WIDE])
+@BOTH
 @pytest.mark.parametrize("no_color", [False, True])
 def test_runs_are_listed_newest_first(
     tmp_path: Path, size: tuple[int, int], no_color: bool, monkeypatch: pytest.MonkeyPatch

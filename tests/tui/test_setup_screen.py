@@ -29,6 +29,7 @@ from studio.tui.services import Services
 from studio.tui.setup_texts import data_text
 from studio.tui.told import Abandoned, ReadingTold
 from tests.tui.stories import (
+    BOTH,
     EIGHT_B,
     HOSTILE,
     NARROW,
@@ -135,7 +136,7 @@ async def through(pilot: Pilot[None], app: StudioApp, *steps: str) -> None:
     await settle(pilot)
 
 
-@pytest.mark.parametrize("size", [NARROW, WIDE])
+@BOTH
 def test_enter_alone_leads_from_the_machine_to_a_launched_run(tmp_path: Path, size: tuple[int, int]) -> None:
     asked, told = Asked(), Told()
     services = services_that(asked, makes=lambda: make_run(tmp_path, "made"))
@@ -160,6 +161,7 @@ def test_enter_alone_leads_from_the_machine_to_a_launched_run(tmp_path: Path, si
     play_setup(story, tmp_path, finding(told, services, cards=[CARD]), size=size)
 
 
+@pytest.mark.slow
 def test_on_a_small_screen_the_reasons_use_its_width_and_can_be_scrolled_by_keys(tmp_path: Path) -> None:
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await through(pilot, app, "model", "data", "goal", "recipe")
@@ -276,6 +278,7 @@ def test_words_search_the_hub_and_its_answers_can_be_chosen(tmp_path: Path) -> N
     play_setup(story, tmp_path, finding(told, hub=("Qwen/small", HOSTILE)))
 
 
+@pytest.mark.slow
 def test_the_reasons_wrap_anew_when_the_terminal_changes(tmp_path: Path) -> None:
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await through(pilot, app, "model", "data", "goal", "recipe")

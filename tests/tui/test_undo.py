@@ -15,8 +15,8 @@ from studio.tui.changes import Change, Changes
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.dialogs import AskLine
 from tests.tui.stories import (
+    BOTH,
     HOSTILE,
-    NARROW,
     WIDE,
     Asked,
     assert_harmless,
@@ -32,7 +32,6 @@ from widgets.choice import Choice
 from widgets.slider import Slider
 from widgets.text_field import TextField, TextLine
 
-BOTH = pytest.mark.parametrize("size", [NARROW, WIDE])
 LARGE = Recipe(name="try").with_("train.seq_len", 32768).with_("train.micro_batch", 12)
 
 
@@ -229,6 +228,7 @@ def test_enter_edits_and_escape_leaves_it_as_it_was(tmp_path: Path, path: str, t
     play(story, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_field_that_is_passed_by_keys_or_wheel_stays_as_it_is(tmp_path: Path) -> None:
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         screen, first = screen_of(app), screen_of(app).recipe
