@@ -14,16 +14,15 @@ from studio.probe.chat import chat_request
 from studio.runs.chat import (
     MODULE,
     Answered,
-    ChatFailed,
     ChatProcess,
     Conversation,
-    Loading,
     Piece,
     Ready,
     Sampling,
     TurnDone,
     check_sampling,
 )
+from studio.runs.piped import Loading, NotAnswered
 
 _ENDS = {"length": "cut at --max-tokens", "cancelled": "stopped", "context": "cut: the model's context is full"}
 HELP = """/reset            begin a new conversation
@@ -135,14 +134,14 @@ class Talk:
         self.answers: dict[str, dict[str, Any]] = {}
         self._to = to
 
-    def load(self) -> ChatFailed | None:
+    def load(self) -> NotAnswered | None:
         """Wait until the model is loaded; Ctrl-C gives up."""
         last = ""
         for event in self.process.events(until=Ready):
             if isinstance(event, Loading) and event.detail != last:
                 last = event.detail
                 say(f"{plain(event.detail, one_line=True)} ...", to=sys.stderr)
-            elif isinstance(event, ChatFailed):
+            elif isinstance(event, NotAnswered):
                 return event
             elif isinstance(event, Ready):
                 self.sides, self.device = event.sides, event.device
@@ -150,7 +149,7 @@ class Talk:
                     say(f"note: {plain(note)}", to=sys.stderr)
         return None
 
-    def ask(self, question: str) -> ChatFailed | None:
+    def ask(self, question: str) -> NotAnswered | None:
         """Ask all sides and write their answers as they come; Ctrl-C stops them."""
         self.answers, failed = {}, None
         self.process.ask({side: self.said.messages(side, question) for side in self.sides}, self.sampling)
@@ -165,7 +164,7 @@ class Talk:
                     self._show(event)
                 elif isinstance(event, Answered):
                     self._conclude(question, event)
-                elif isinstance(event, ChatFailed):
+                elif isinstance(event, NotAnswered):
                     failed = event
         return failed
 

@@ -25,19 +25,9 @@ from studio.core.recipe_parse import apply_settings
 from studio.core.text import every_character, plain
 from studio.probe.data.places import absolute_word
 from studio.probe.models import word_anywhere
+from studio.runs.piped import Loading, NotAnswered
 from studio.runs.recipe_file import load_recipe
-from studio.runs.show import (
-    MODULE,
-    Loading,
-    NoRow,
-    Opened,
-    RowShown,
-    ShowFailed,
-    ShownExample,
-    ShowProcess,
-    ShowRequest,
-    Summary,
-)
+from studio.runs.show import MODULE, NoRow, Opened, RowShown, ShownExample, ShowProcess, ShowRequest, Summary
 
 _ROWS_SHOWN, _ROWS_IN_JSON = 3, 100
 _LEARNT, _SPECIAL, _LOST, _OFF = "\x1b[1;32m", "\x1b[36m", "\x1b[2;31m", "\x1b[0m"
@@ -145,7 +135,7 @@ class _Show:
 
     def _heard(self, kind: type[_Kind]) -> _Kind:
         """Return the next event of a kind, and keep or tell the others that come before it."""
-        for event in self._process.events(until=(kind, NoRow, ShowFailed)):
+        for event in self._process.events(until=(kind, NoRow, NotAnswered)):
             if isinstance(event, Loading) and event.detail.startswith(("unpacking", "getting")):
                 complain(event.detail)
             elif isinstance(event, Opened):
@@ -154,7 +144,7 @@ class _Show:
                 self._summary = event
             elif isinstance(event, NoRow):
                 raise _NotShownError(event.message, BAD_INPUT)
-            elif isinstance(event, ShowFailed):
+            elif isinstance(event, NotAnswered):
                 advice = f" {event.advice}" if event.advice else ""
                 raise _NotShownError(f"{event.message}{advice}", BAD_INPUT if event.bad_input else NO)
             if isinstance(event, kind):

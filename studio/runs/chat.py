@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from studio.core.errors import BadInput
-from studio.runs.piped import PipedProcess
+from studio.runs.piped import Loading, NotAnswered, PipedProcess
 
 MODULE = "studio.jobs.chat"
 Side = Literal["tuned", "base"]
@@ -79,14 +79,6 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
-class Loading:
-    """The model is being loaded."""
-
-    detail: str = ""
-    fraction: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Ready:
     """Questions can be asked. `notes` are for the user to know."""
 
@@ -120,18 +112,10 @@ class TurnDone:
     """All sides have answered."""
 
 
-@dataclass(frozen=True, slots=True)
-class ChatFailed:
-    """A question could not be answered, or (`fatal`) the process ends."""
-
-    message: str
-    advice: str = ""
-    fatal: bool = True
-    bad_input: bool = False
-
-
-ChatEvent = Loading | Ready | Piece | Answered | TurnDone | ChatFailed
-EVENTS: dict[str, type[Any]] = {kind.__name__: kind for kind in (Loading, Ready, Piece, Answered, TurnDone, ChatFailed)}
+ChatEvent = Loading | Ready | Piece | Answered | TurnDone | NotAnswered
+EVENTS: dict[str, type[Any]] = {
+    kind.__name__: kind for kind in (Loading, Ready, Piece, Answered, TurnDone, NotAnswered)
+}
 
 
 @dataclass(slots=True)
@@ -174,7 +158,7 @@ class ChatProcess(PipedProcess[ChatEvent]):
             {"load": asdict(request)},
             name="chat",
             kinds=EVENTS,
-            failed=ChatFailed,
+            failed=NotAnswered,
             environment=request.environment,
         )
 

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
@@ -24,6 +24,24 @@ from studio.runs.supervise import child_environment
 Event = TypeVar("Event")
 _LEAVE_SECONDS = 2.0
 _LAST_CHARACTERS = 16_000
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """What the process needs is being loaded or read."""
+
+    detail: str = ""
+    fraction: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NotAnswered:
+    """What was asked could not be answered, or (`fatal`) the process ends."""
+
+    message: str
+    advice: str = ""
+    fatal: bool = True
+    bad_input: bool = False
 
 
 def event_line(event: Any) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from studio.core.recipe import Recipe
-from studio.runs.piped import PipedProcess
+from studio.runs.piped import Loading, NotAnswered, PipedProcess
 
 MODULE = "studio.jobs.show"
 MOST_TOKENS = 100_000
@@ -80,14 +80,6 @@ class ShownExample:
             places.append(places[-1] + len(token))
         last = len(self.tokens)
         return tuple((places[min(begin, last)], places[min(end, last)]) for begin, end in self.trained)
-
-
-@dataclass(frozen=True, slots=True)
-class Loading:
-    """The tokenizer is being loaded, or the rows are read."""
-
-    detail: str = ""
-    fraction: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,18 +214,10 @@ class Summary:
         return self.loss_tokens / self.tokens if self.tokens else None
 
 
-@dataclass(frozen=True, slots=True)
-class ShowFailed:
-    """A row could not be shown, or (`fatal`) the process ends."""
-
-    message: str
-    advice: str = ""
-    fatal: bool = True
-    bad_input: bool = False
-
-
-ShowEvent = Loading | Opened | RowShown | NoRow | Summary | ShowFailed
-EVENTS: dict[str, type[Any]] = {kind.__name__: kind for kind in (Loading, Opened, RowShown, NoRow, Summary, ShowFailed)}
+ShowEvent = Loading | Opened | RowShown | NoRow | Summary | NotAnswered
+EVENTS: dict[str, type[Any]] = {
+    kind.__name__: kind for kind in (Loading, Opened, RowShown, NoRow, Summary, NotAnswered)
+}
 
 
 class ShowProcess(PipedProcess[ShowEvent]):
@@ -249,7 +233,7 @@ class ShowProcess(PipedProcess[ShowEvent]):
         Raises:
             StudioError: It cannot be started.
         """
-        super().__init__(module, request.table(), name="look at the data", kinds=EVENTS, failed=ShowFailed, here=True)
+        super().__init__(module, request.table(), name="look at the data", kinds=EVENTS, failed=NotAnswered, here=True)
 
     def ask_place(self, place: int) -> None:
         """Ask for the row at a place among the usable ones, from 0."""

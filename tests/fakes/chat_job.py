@@ -6,8 +6,8 @@ import sys
 import time
 from pathlib import Path
 
-from studio.runs.chat import Answered, ChatFailed, Loading, Piece, Ready, TurnDone
-from studio.runs.piped import event_line
+from studio.runs.chat import Answered, Piece, Ready, TurnDone
+from studio.runs.piped import Loading, NotAnswered, event_line
 
 
 def tell(event: object) -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     tell(Loading("loading the base model", 0.5))
     how = os.environ.get("FAKE_CHAT", "")
     if how == "refuses":
-        tell(ChatFailed("the model needs about 9.0 GB of memory, 1.0 GB are free", bad_input=True))
+        tell(NotAnswered("the model needs about 9.0 GB of memory, 1.0 GB are free", bad_input=True))
         return
     if how == "dies":
         print("something broke", file=sys.stderr)

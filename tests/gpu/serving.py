@@ -12,7 +12,8 @@ from studio.jobs.audit.forms import FORMS
 from studio.jobs.base.generation import greedy
 from studio.jobs.base.tokenizer import stop_ids
 from studio.jobs.base.weights.folder_weights import FolderWeights
-from studio.runs.chat import Answered, ChatFailed, ChatProcess, ChatRequest, Piece, Ready, Sampling, TurnDone
+from studio.runs.chat import Answered, ChatProcess, ChatRequest, Piece, Ready, Sampling, TurnDone
+from studio.runs.piped import NotAnswered
 from tests.gpu.bench import WORDS, Bench, Seen
 from tests.gpu.numbers import TOLERANCE, _on_cpu, apart
 
@@ -65,12 +66,12 @@ def chat(bench: Bench, method: str) -> Seen:
     answers: list[Answered] = []
     with ChatProcess(request) as process:
         for event in process.events(until=Ready):
-            assert not isinstance(event, ChatFailed), event
+            assert not isinstance(event, NotAnswered), event
             ready = event if isinstance(event, Ready) else ready
         question = [{"role": "user", "content": "2"}]
         process.ask({"tuned": question, "base": question}, Sampling(max_new_tokens=8))
         for event in process.events(until=TurnDone):
-            assert not isinstance(event, ChatFailed), event
+            assert not isinstance(event, NotAnswered), event
             if isinstance(event, Piece):
                 texts[event.side] += event.text
             elif isinstance(event, Answered):

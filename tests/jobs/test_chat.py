@@ -18,17 +18,15 @@ from studio.runs.chat import (
     EVENTS,
     Answered,
     ChatEvent,
-    ChatFailed,
     ChatProcess,
     ChatRequest,
     Conversation,
-    Loading,
     Piece,
     Ready,
     Sampling,
     TurnDone,
 )
-from studio.runs.piped import event_in, event_line
+from studio.runs.piped import Loading, NotAnswered, event_in, event_line
 from tests.fakes.tiny_model import make_tiny_model, tiny_tokenizer
 from tests.jobs.conftest import Merge, Train
 from tests.jobs.merge_cases import ATTENTION, make_adapter, make_base
@@ -217,7 +215,7 @@ def test_the_end_of_a_turn_is_a_stop_where_no_config_names_it() -> None:
 def test_every_event_survives_its_line() -> None:
     events = [
         Loading("x", 0.5), Ready(("tuned",), "cpu", "bf16", ("a",)), Piece("base", "\u2028\x1b"), TurnDone(),
-        Answered("base", 3, 0.5, "stop", 1), ChatFailed("no", "do", False, True),
+        Answered("base", 3, 0.5, "stop", 1), NotAnswered("no", "do", False, True),
     ]  # fmt: skip
     assert [event_in(event_line(event), EVENTS) for event in events] == events
     assert event_in("a library says something", EVENTS) is None
@@ -236,7 +234,7 @@ def test_the_real_process(recipe: Recipe, train: Train, tmp_path: Path) -> None:
         assert "".join(event.text for event in heard if isinstance(event, Piece)) == "cinco"
         process.ask({"tuned": [{"role": "user", "content": "q" * 4000}]}, Sampling())
         failed, done = process.events(until=TurnDone)
-        assert isinstance(failed, ChatFailed)
+        assert isinstance(failed, NotAnswered)
         assert not failed.fatal
         assert isinstance(done, TurnDone)
         process.ask({side: said.messages(side, "six") for side in ready.sides}, Sampling(max_new_tokens=400))

@@ -27,18 +27,8 @@ from studio.jobs.train.objectives.pairs import encode_pairs
 from studio.probe.data import Reading, Row, read_data, row_keys
 from studio.probe.held_out import hold_out
 from studio.runs.held_out import keep_record
-from studio.runs.piped import event_in, event_line
-from studio.runs.show import (
-    EVENTS,
-    NoRow,
-    Opened,
-    RowShown,
-    ShowFailed,
-    ShownExample,
-    ShowProcess,
-    ShowRequest,
-    Summary,
-)
+from studio.runs.piped import NotAnswered, event_in, event_line
+from studio.runs.show import EVENTS, NoRow, Opened, RowShown, ShownExample, ShowProcess, ShowRequest, Summary
 from tests.fakes.runs import CHECKOUT, make_run
 from tests.fakes.tiny_model import make_tiny_model
 from tests.fakes.tokenizers import (
@@ -95,10 +85,10 @@ LAST: dict[ShowProcess, Summary] = {}
 
 
 def heard(process: ShowProcess, *kinds: type[Any]) -> Any:
-    for event in process.events(until=(*kinds, ShowFailed)):
+    for event in process.events(until=(*kinds, NotAnswered)):
         if isinstance(event, Summary):
             LAST[process] = event
-        if isinstance(event, (*kinds, ShowFailed)):
+        if isinstance(event, (*kinds, NotAnswered)):
             return event
     raise AssertionError
 
@@ -164,7 +154,7 @@ def _next(process: ShowProcess, place: int, only: Any) -> Any:
 
 def test_the_process_loads_no_torch_and_ends_with_its_parent(opened: Callable[..., ShowProcess]) -> None:
     code = (
-        "import sys; from studio.jobs.show.__main__ import _without_torch as hide; hide();"
+        "import sys; from studio.jobs.base.torchless import hide_torch as hide; hide();"
         "import studio.jobs.show.session; print([name for name in sys.modules if name.startswith('torch.')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=CHECKOUT, check=True)

@@ -6,10 +6,11 @@ import traceback
 from studio.core.errors import JobFailed, StudioError
 from studio.jobs.base.failures import explain
 from studio.jobs.base.line import Line
-from studio.runs.chat import ChatFailed, ChatRequest, Loading, Ready, Sampling, TurnDone
+from studio.runs.chat import ChatRequest, Ready, Sampling, TurnDone
 from studio.runs.disk import disk_failure
 from studio.runs.failure import Doing, memory_failure, ran_out_of_memory
 from studio.runs.native import native_failure
+from studio.runs.piped import Loading, NotAnswered
 
 
 def main() -> None:
@@ -40,19 +41,19 @@ def main() -> None:
             line.tell(TurnDone())
 
 
-def _failure(error: BaseException, *, fatal: bool) -> ChatFailed:
+def _failure(error: BaseException, *, fatal: bool) -> NotAnswered:
     if isinstance(error, JobFailed):
-        return ChatFailed(str(error), error.advice, fatal)
+        return NotAnswered(str(error), error.advice, fatal)
     if isinstance(error, StudioError):
-        return ChatFailed(str(error), fatal=fatal, bad_input=True)
+        return NotAnswered(str(error), fatal=fatal, bad_input=True)
     if ran_out_of_memory(error):
         failure: JobFailed | None = memory_failure(error, Doing("chat", "loading" if fatal else "chatting"))
     else:
         again = "then start the chat again"
         failure = disk_failure(error, advice=again) or explain(error) or native_failure(str(error), then=again)
     if failure:
-        return ChatFailed(str(failure), failure.advice, fatal)
-    return ChatFailed(f"unexpected {type(error).__name__}: {error}", "report it, with what you asked", fatal)
+        return NotAnswered(str(failure), failure.advice, fatal)
+    return NotAnswered(f"unexpected {type(error).__name__}: {error}", "report it, with what you asked", fatal)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import faulthandler
 import os
 import queue
-import sys
 import time
 import traceback
 from contextlib import suppress
@@ -13,9 +12,11 @@ from studio.core.errors import JobFailed, StudioError
 from studio.core.recipe_parse import read_table
 from studio.jobs.base.failures import explain
 from studio.jobs.base.line import Line
+from studio.jobs.base.torchless import hide_torch
 from studio.runs.disk import disk_failure
 from studio.runs.failure import Doing, memory_failure, ran_out_of_memory
-from studio.runs.show import Loading, ShowFailed, ShowRequest
+from studio.runs.piped import Loading, NotAnswered
+from studio.runs.show import ShowRequest
 
 _TELL_SECONDS = 0.3
 _GENTLE = 10
@@ -33,7 +34,7 @@ def main() -> None:
             with suppress(AttributeError, OSError):  # Windows has none
                 os.nice(_GENTLE)
         if not request.recipe.model.trust_remote_code:
-            _without_torch()
+            hide_torch()
         from studio.jobs.show.session import Session  # noqa: PLC0415  transformers: a second, after the sign of life
 
         session = Session(request, lambda detail, fraction: line.tell(Loading(detail, fraction)))
@@ -46,15 +47,6 @@ def main() -> None:
     except BaseException as error:
         line.tell(_failure(error, fatal=True))
         raise
-
-
-def _without_torch() -> None:
-    """Let transformers find no torch: loading takes 1.0 s of CPU time instead of 2.9, and 75 MB instead of 312.
-
-    Code that comes with a model may need torch, so that this is left out where such code is run.
-    """
-    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # it would say that models cannot be loaded
-    sys.modules["torch"] = None  # type: ignore[assignment]
 
 
 def _serve(line: Line, session: Any) -> None:
@@ -92,18 +84,18 @@ def _answer(asked: dict[str, Any], session: Any, line: Line) -> Any:
     return session.row(int(asked["place"]))
 
 
-def _failure(error: BaseException, *, fatal: bool) -> ShowFailed:
+def _failure(error: BaseException, *, fatal: bool) -> NotAnswered:
     if isinstance(error, JobFailed):
-        return ShowFailed(str(error), error.advice, fatal, bad_input=True)
+        return NotAnswered(str(error), error.advice, fatal, bad_input=True)
     if isinstance(error, StudioError):
-        return ShowFailed(str(error), fatal=fatal, bad_input=True)
+        return NotAnswered(str(error), fatal=fatal, bad_input=True)
     if ran_out_of_memory(error):
         failure: JobFailed | None = memory_failure(error, Doing("show", "loading"))
     else:
         failure = disk_failure(error, advice="then look again") or explain(error)
     if failure:
-        return ShowFailed(str(failure), failure.advice, fatal)
-    return ShowFailed(f"unexpected {type(error).__name__}: {error}", "report it, with the row if you can", fatal)
+        return NotAnswered(str(failure), failure.advice, fatal)
+    return NotAnswered(f"unexpected {type(error).__name__}: {error}", "report it, with the row if you can", fatal)
 
 
 if __name__ == "__main__":

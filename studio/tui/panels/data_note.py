@@ -102,7 +102,8 @@ class DataNote(Static):
 
     def on_data_note_heard(self, message: Heard) -> None:
         """Say the worst of what the process has found so far."""
-        from studio.runs.show import Opened, ShowFailed, Summary  # noqa: PLC0415  not needed for the first frame
+        from studio.runs.piped import NotAnswered  # noqa: PLC0415  not needed for the first frame
+        from studio.runs.show import Opened, Summary  # noqa: PLC0415  not needed for the first frame
         from studio.tui.panels.data_text import worst_line  # noqa: PLC0415  as above
 
         message.stop()
@@ -115,7 +116,7 @@ class DataNote(Static):
             self._tell(worst_line(self._opened, event))
             if event.whole:
                 self._end_later()
-        elif isinstance(event, ShowFailed) and event.fatal:
+        elif isinstance(event, NotAnswered) and event.fatal:
             # What is wrong is said by the check before a run, and by the screen of the data; here is room for a word.
             self._tell(_UNSEEN)
             self._end()

@@ -15,19 +15,9 @@ from textual.widgets import Input, Static
 from studio.core.errors import StudioError
 from studio.core.text import plain
 from studio.probe.chat import request_of_run
-from studio.runs.chat import (
-    Answered,
-    ChatEvent,
-    ChatFailed,
-    ChatProcess,
-    Conversation,
-    Loading,
-    Piece,
-    Ready,
-    Sampling,
-    TurnDone,
-)
+from studio.runs.chat import Answered, ChatEvent, ChatProcess, Conversation, Piece, Ready, Sampling, TurnDone
 from studio.runs.layout import RunPaths
+from studio.runs.piped import Loading, NotAnswered
 from studio.tui.services import Services
 from widgets.key_footer import KeyFooter
 
@@ -168,7 +158,7 @@ class ChatScreen(Screen[None]):
             self._conclude(event)
         elif isinstance(event, TurnDone):
             self._set_busy(False)
-        elif isinstance(event, ChatFailed):
+        elif isinstance(event, NotAnswered):
             self._note(f"{event.message} {event.advice}")
             self._ended = self._ended or event.fatal
             self._state = "ended" if self._ended else self._state
@@ -295,13 +285,13 @@ class ChatScreen(Screen[None]):
         try:
             process = self._services.chat(request_of_run(self._paths))
         except StudioError as error:
-            self.post_message(self.Heard(ChatFailed(str(error))))
+            self.post_message(self.Heard(NotAnswered(str(error))))
             return
         self._process = process
         while not self._closed:  # the screen may have been left while the process was started
             event = process.next_event(0.2)
             if event is not None:
                 self.post_message(self.Heard(event))
-                if isinstance(event, ChatFailed) and event.fatal:
+                if isinstance(event, NotAnswered) and event.fatal:
                     break
         process.close()

@@ -14,19 +14,8 @@ from textual.widgets import Input, Static
 
 from studio.core.errors import StudioError
 from studio.core.text import plain
-from studio.runs.show import (
-    FILTERS,
-    Filter,
-    Loading,
-    NoRow,
-    Opened,
-    RowShown,
-    ShowEvent,
-    ShowFailed,
-    ShowProcess,
-    ShowRequest,
-    Summary,
-)
+from studio.runs.piped import Loading, NotAnswered
+from studio.runs.show import FILTERS, Filter, NoRow, Opened, RowShown, ShowEvent, ShowProcess, ShowRequest, Summary
 from studio.tui.panels.data_text import facts_text, left_out_text, repeats_text, row_head, row_tokens
 from studio.tui.readable import count
 from studio.tui.services import Services
@@ -162,7 +151,7 @@ class DataScreen(Screen[None]):
             case Summary():
                 self._summary = event
                 self._show_facts()
-            case ShowFailed():
+            case NotAnswered():
                 self._ended = self._ended or event.fatal
                 self._note(f"{event.message} {event.advice}" + (" r looks again." if event.fatal else ""))
                 self._state = "ended" if self._ended else self._state
@@ -330,13 +319,13 @@ class DataScreen(Screen[None]):
         try:
             process = self._services.show_data(self._request)
         except StudioError as error:
-            self.post_message(self.Heard(None, ShowFailed(str(error))))
+            self.post_message(self.Heard(None, NotAnswered(str(error))))
             return
         self._process = process
         while not self._closed:  # the screen may have been left while the process was started
             event = process.next_event(0.2)
             if event is not None:
                 self.post_message(self.Heard(process, event))
-                if isinstance(event, ShowFailed) and event.fatal:
+                if isinstance(event, NotAnswered) and event.fatal:
                     break
         process.close()
