@@ -22,7 +22,6 @@ from studio.runs.control import requested
 from studio.runs.layout import RunPaths
 from studio.tui.app import StudioApp
 from studio.tui.panels.run_plots import RunPlots
-from studio.tui.screens import run as run_module
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.run import RunScreen
 from tests.fakes.runs import LiveWorker
@@ -383,7 +382,13 @@ def test_the_log_is_searched(tmp_path: Path) -> None:
 def test_a_long_log_shows_its_curve_before_it_is_read_and_answers_keys_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module, "_SLICE_SECONDS", 2.0)  # time enough to see what stands there before the rest
+    read_on = RunScreen._read_on
+    waiting: list[RunScreen] = []
+
+    def wait(screen: RunScreen) -> None:
+        waiting.append(screen)
+
+    monkeypatch.setattr(RunScreen, "_read_on", wait)
     paths = make_run(tmp_path)
     steps = 6000
     with LiveWorker(paths) as worker:
@@ -396,10 +401,13 @@ def test_a_long_log_shows_its_curve_before_it_is_read_and_answers_keys_meanwhile
             log.write(json.dumps(event_to_dict(event)) + "\n")
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
-        assert "at a glance" in plots(app)
+        await until(pilot, lambda: "at a glance" in plots(app))
         assert f"step {steps}/" not in shown(app)
         await pilot.press("3")
         assert screen_of(app).view == "log"
+        await until(pilot, lambda: bool(waiting))
+        monkeypatch.setattr(RunScreen, "_read_on", read_on)
+        read_on(waiting[0])
         await until(pilot, lambda: f"step {steps}/{steps}" in shown(app))
         assert "at a glance" not in plots(app)
         assert "smoothed" in plots(app)
