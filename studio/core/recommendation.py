@@ -12,6 +12,7 @@ from typing import Any
 from studio.core.base_form import refusal
 from studio.core.columns import Pairs
 from studio.core.errors import BadInput
+from studio.core.evidence import LEAST_ROWS
 from studio.core.goals import GOALS, Goal
 from studio.core.gpu_catalogue import GIB, Gpu
 from studio.core.preferences import ADVISED_RATES
@@ -349,8 +350,9 @@ def _fitting(recipe: Recipe, ground: _Ground) -> Iterator[tuple[bool, int]]:
 
 def _held_out(draft: _Draft, data: DataFacts) -> None:
     steps = math.ceil(data.rows * draft.recipe.train.epochs / ROWS_PER_STEP)
-    rows = min(100, max(1, data.rows // 10)) if data.rows > 1 else 0
+    rows = min(100, max(1, data.rows // 10, LEAST_ROWS if data.rows >= 4 * LEAST_ROWS else 0)) if data.rows > 1 else 0
     every = max(5, steps // 8)
     settings = {"eval.rows": rows, "eval.every": every, "eval.samples": min(3, rows), "train.checkpoint_every": every}
-    why = f"a tenth of the rows, 100 at most; looked at every {every} of about {steps} steps"
+    share = f"{LEAST_ROWS} rows, the fewest that a verdict needs" if rows == LEAST_ROWS else "a tenth, 100 rows at most"
+    why = f"{share}; looked at every {every} of about {steps} steps"
     draft.choose(settings, "Held out", f"{rows} rows", why, YOUR_DATA)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from studio.core.errors import BadInput
+from studio.core.evidence import LEAST_ROWS
 from studio.core.goals import GOALS, Goal
 from studio.core.gpu_catalogue import CATALOGUE, GIB, card_of_size, find_gpu
 from studio.core.quantised_base import QuantisedBase
@@ -68,6 +69,14 @@ def test_what_fits_nowhere_is_not_called_fitting() -> None:
 def test_a_full_card_counts_as_what_is_free_on_it() -> None:
     gpu = find_gpu("4090")
     assert recommend("style", "base", EIGHT_B, ROWS, gpu=gpu, budget_bytes=10 * GIB).recipe.method == "qlora"
+
+
+@pytest.mark.parametrize(("rows", "held"), [(59, 5), (60, LEAST_ROWS), (149, LEAST_ROWS), (160, 16), (5000, 100)])
+def test_from_sixty_rows_on_a_run_can_be_judged(rows: int, held: int) -> None:
+    made = recommend("task", "base", TINY, replace(ROWS, rows=rows))
+    assert made.recipe.eval.rows == held
+    why = next(choice.why for choice in made.choices if choice.label == "Held out")
+    assert ("the fewest that a verdict needs" in why) == (held == LEAST_ROWS)
 
 
 def test_without_a_card_nothing_is_said_of_fitting() -> None:

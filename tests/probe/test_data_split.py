@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from studio.core.evidence import LEAST_ROWS
 from studio.probe.data import Conversation, Message, PlainText, Row, few_answers, read_data, row_keys, split, twin_keys
 
 
@@ -38,9 +39,15 @@ def test_at_most_a_fifth_is_held_out_and_it_is_said() -> None:
     assert "60 held-out rows were asked for; 20 of 100" in got.notes[0]
 
 
-@pytest.mark.parametrize(("rows", "held"), [(0, 0), (1, 0), (2, 1), (4, 1), (10, 2)])
+@pytest.mark.parametrize(("rows", "held"), [(0, 0), (1, 0), (2, 1), (4, 1), (10, 2), (59, 11), (80, 16)])
 def test_few_rows(rows: int, held: int) -> None:
     assert len(split(DISTINCT[:rows], 50, 1).held_out) == held
+
+
+@pytest.mark.parametrize("rows", [60, 74, 75])
+def test_from_sixty_rows_on_enough_are_held_out_for_a_verdict(rows: int) -> None:
+    assert len(split(DISTINCT[:rows], 50, 1).held_out) == LEAST_ROWS
+    assert len(split(DISTINCT[:rows], 9, 1).held_out) == 9
 
 
 def test_none_asked_none_held() -> None:

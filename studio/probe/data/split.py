@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from studio.core.evidence import LEAST_ROWS
 from studio.core.text import plain
 from studio.probe.data.opened import Progress
 from studio.probe.data.row_keys import Column, Keys, answer_key, blake2b, first_turn, keys_of
@@ -17,6 +18,7 @@ from studio.probe.data.rows import Row
 from studio.probe.data.views import chosen
 
 LARGEST_SHARE = 5  # at most one row in five is held out, even if more are asked for, so that enough is left to train on
+_SMALL_SHARE = 4  # one in four where a verdict on the run needs it: 60 rows have 15 to judge by, which is the least
 _SHOWN = 60
 
 
@@ -85,7 +87,10 @@ def most_held_out(rows: int, wanted: int) -> int:
         rows: All rows.
         wanted: How many were asked for.
     """
-    return min(wanted, rows // LARGEST_SHARE or int(rows > 1))
+    most = rows // LARGEST_SHARE or int(rows > 1)
+    if most < LEAST_ROWS <= rows // _SMALL_SHARE:
+        most = LEAST_ROWS
+    return min(wanted, most)
 
 
 def few_answers(rows: Sequence[Row], called: str = "held-out rows") -> str:
