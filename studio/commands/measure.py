@@ -49,6 +49,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "recipe_word", metavar="RECIPE", nargs="?", help="a recipe's path or name; none takes the defaults"
     )
     parser.add_argument("--model", metavar="MODEL", help="a folder, a config.json, a .gguf, a hub id, or: embedded")
+    parser.add_argument("--data", metavar="FILE", help="rows that it will learn from")
     add_recipe_flags(parser)
     add_set(parser)
     parser.add_argument("--engine", choices=("studio", "hf"), default="studio", help="only this program's own step")

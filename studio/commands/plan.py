@@ -14,7 +14,7 @@ from studio.commands.terminal import DONE, NO, say, size, table, write_json
 from studio.core.errors import BadInput
 from studio.core.gpu_catalogue import Gpu, card_of_size, find_gpu
 from studio.core.preferences import rate_note
-from studio.core.recipe import Loss, Recipe, choices_of
+from studio.core.recipe import Loss, Recipe, choices_of, number_of
 from studio.core.recipe_parse import apply_settings
 from studio.core.shape import ModelShape
 from studio.core.stock.estimate import estimate_stock, refined
@@ -26,6 +26,8 @@ from studio.core.trainable import check_adapted
 from studio.core.vram.estimate import estimate_vram
 from studio.core.vram.report import VramEstimate, plan_to_dict
 from studio.core.vram.setup import Setup, as_it_lies, setup_of
+from studio.probe.data.places import find_files, hub_word
+from studio.probe.data.reading import Reading
 from studio.probe.device import look, place_of
 from studio.probe.pace import Pace, calibrated, pace_of, pace_to_dict, process_of
 from studio.probe.plan import PlanDevice, device_from_catalogue, device_of
@@ -41,6 +43,7 @@ _EIGHT_BIT = (
     "compare with, and how many inputs are outliers, multiplied in 16 bit besides, is not known"
 )
 _MEASURE = "this is a guess from sizes; lora-studio measure (same flags) traces the real model and knows better"
+_NO_ROWS = "the rows of {} are not here, or cannot be read: steps, tokens and hours are not told"
 _HOUR_MINUTES = 60
 
 
@@ -51,6 +54,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "recipe_word", metavar="RECIPE", nargs="?", help="a recipe's path or name; none takes the defaults"
     )
     parser.add_argument("--model", metavar="MODEL", help="a folder, a config.json, a .gguf, a hub id, or: embedded")
+    parser.add_argument(
+        "--data", metavar="FILE", help="rows that it will learn from: steps, tokens and, where a speed is known, hours"
+    )
     add_recipe_flags(parser)
     add_set(parser)
     parser.add_argument("--engine", choices=("studio", "hf"), default="studio", help="hf: the stock Trainer and peft")
@@ -98,6 +104,10 @@ def run(args: argparse.Namespace) -> int:
         estimate = replace(estimate, notes=(*estimate.notes, note))
     data_known = bool(args.recipe_word) or recipe.data.words != Recipe().data.words
     pace = pace_of(recipe, shape, setup, device.gpu, data_known=data_known)
+    if args.data is not None and pace.steps is None:
+        estimate = replace(
+            estimate, notes=(*estimate.notes, _NO_ROWS.format(plain(args.data, one_line=True, limit=80)))
+        )
     if args.json:
         plan = plan_to_dict(estimate, shape, setup, gpu=device.gpu, budget_bytes=budget)
         write_json({**plan, **pace_to_dict(pace), "card": asdict(device.card) if device.card else None})
@@ -106,6 +116,8 @@ def run(args: argparse.Namespace) -> int:
         _print(estimate, shape, setup, device, budget)
         for line in pace_lines(pace, setup):
             say(line)
+        if data_known and (short := shorter_rows(pace, setup.seq_len)):
+            say(short)
         for note in estimate.notes:
             say(f"note: {note}")
         _warn(device)
@@ -124,6 +136,8 @@ def _estimate(shape: ModelShape, setup: Setup, gpu: Gpu | None) -> tuple[Setup, 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
     settings = settings_of(args, without=("model",))
+    if args.data is not None and not hub_word(args.data):
+        find_files(Path(args.data).expanduser(), Reading(), ask=False)  # that it is not there must not go unsaid
     if args.recipe_word:
         return load_recipe(find_recipe(args.recipe_word), settings)
     # Without a recipe the plan is of a step of one micro-batch: with more, gradients are alive while the next one runs.
@@ -234,20 +248,40 @@ def pace_lines(pace: Pace, setup: Setup) -> list[str]:
     Where no speed is known, one line says why.
     """
     lines = [f"mixture: {'; '.join(_shares(pace))}, guessed from the beginnings of the files"] if pace.sources else []
-    if pace.speed is None:
-        return [*lines, f"speed: not known; {pace.why_not}"]
-    lines += [f"speed: about {_rates(pace.speed)} tokens/s, full rows; from {pace.speed.basis}"]
-    if pace.duration is not None and pace.tokens is not None:
+    run = ""
+    if pace.tokens is not None:
         least, _, most = pace.tokens
-        lines.append(
-            f"time: {_time_range(pace.duration)} for {pace.steps} steps of "
-            f"{_count(least)} to {_count(most)} tokens in all, guessed from the text of the data; "
-            "evaluations, samples and loading come on top"
+        run = (
+            f"{pace.steps} steps of {_count(least)} to {_count(most)} tokens in all, guessed from the text of the data"
         )
+    if pace.speed is None:
+        return [*lines, *([f"data: {run}"] if run else []), f"speed: not known; {pace.why_not}"]
+    lines += [f"speed: about {_rates(pace.speed)} tokens/s, full rows; from {pace.speed.basis}"]
+    if pace.duration is not None:
+        lines.append(f"time: {_time_range(pace.duration)} for {run}; evaluations, samples and loading come on top")
     if pace.slowdown is not None and setup.quantised:
         low, usual, high = pace.slowdown
         lines.append(f"4 bit: a step takes {usual:.2f} times as long as in 16 bit ({low:.2f} to {high:.2f})")
     return lines
+
+
+def shorter_rows(pace: Pace, seq_len: int) -> str:
+    """Return that a shorter length would cut no row that was looked at; empty where it would.
+
+    Args:
+        pace: What is known of the run.
+        seq_len: The length that is planned, in tokens.
+    """
+    if pace.longest is None:
+        return ""
+    _, usual, most = pace.longest
+    enough = next((int(stop) for stop in number_of("train.seq_len").stops if stop >= most), seq_len)
+    if enough >= seq_len:
+        return ""
+    return (
+        f"length: the longest row has about {usual:.0f} tokens ({most:.0f} at most): --seq {enough} takes less memory "
+        "and cuts none"
+    )
 
 
 def _shares(pace: Pace) -> Iterator[str]:

@@ -46,6 +46,7 @@ class Pace:
         slowdown: How many times as long a step takes in 4 bit as in 16: least, usual, most; None as for the speed.
         steps: Optimizer steps of the run; None without a look at the data.
         tokens: Real tokens of the run: least, usual, most.
+        longest: Tokens of the longest row that was looked at; None without a look, and for texts, pairs and mixtures.
         duration: Hours of its steps.
         runs: How many runs of this setting the speed comes from.
         sources: Of a mixture each source with the rows and about the tokens that are drawn from it, a pass.
@@ -56,6 +57,7 @@ class Pace:
     slowdown: tuple[float, float, float] | None = None
     steps: int | None = None
     tokens: tuple[float, float, float] | None = None
+    longest: tuple[float, float, float] | None = None
     duration: Duration | None = None
     runs: int = 0
     sources: tuple[tuple[str, int, float], ...] = ()
@@ -84,6 +86,7 @@ def pace_of(recipe: Recipe, shape: ModelShape, setup: Setup, gpu: Gpu | None, *,
     if guess is None:
         return Pace(speed, why_not, slowdown, runs=len(seen))
     steps, tokens = _run_tokens(recipe, guess)
+    longest = None if guess.parts or guess.plain or setup.paired else guess.longest_row
     once = reference_share(setup, guess.rows, steps * recipe.rows_per_step)
     duration = None
     if speed is not None:
@@ -95,7 +98,7 @@ def pace_of(recipe: Recipe, shape: ModelShape, setup: Setup, gpu: Gpu | None, *,
         usual = duration_of(speed if recipe.train.packing == "on" else slowest, tokens[1]).expected
         usual = min(max(usual, fast), slow)
         duration = Duration(fast * (1 + once), usual * (1 + once), slow * (1 + once))
-    return Pace(speed, why_not, slowdown, steps, tokens, duration, len(seen), guess.parts)
+    return Pace(speed, why_not, slowdown, steps, tokens, longest, duration, len(seen), guess.parts)
 
 
 def calibrated(estimate: VramEstimate, setup: Setup, gpu: Gpu | None) -> VramEstimate:
@@ -133,6 +136,7 @@ def pace_to_dict(pace: Pace) -> dict[str, Any]:
         "hours": asdict(pace.duration) if pace.duration else None,
         "steps": pace.steps,
         "tokens": dict(zip(names, map(round, pace.tokens), strict=True)) if pace.tokens else None,
+        "longest_row_tokens": dict(zip(names, map(round, pace.longest), strict=True)) if pace.longest else None,
         "qlora_slowdown": dict(zip(names, pace.slowdown, strict=True)) if pace.slowdown else None,
         "calibration_runs": pace.runs,
         "sources": [{"path": path, "rows": rows, "tokens": round(tokens)} for path, rows, tokens in pace.sources],

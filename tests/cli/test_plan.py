@@ -301,6 +301,29 @@ def test_speed_and_time_are_told_as_ranges(cli: Cli, llama: str) -> None:
     assert "4 bit: a step takes" in words
 
 
+def test_the_rows_that_it_will_learn_from_are_counted_and_a_shorter_length_is_named(cli: Cli, llama: str) -> None:
+    rows = [{"prompt": f"list {n} files by size", "completion": "ls -lS"} for n in range(60)]
+    Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("plan", "--model", llama, "--data", "mine.jsonl", "--seq", "2048")
+    document = cli(*words, "--gpu", "4090", "--json").document
+    assert document["steps"] and document["hours"]["low"] > 0
+    longest = document["longest_row_tokens"]
+    assert 8 <= longest["low"] < longest["expected"] < longest["high"] < 128
+    said = cli(*words, "--gpu", "4090").out
+    assert "length: the longest row has about" in said and "--seq 128 takes less memory and cuts none" in said
+    assert "length:" not in cli(*words[:-1], "128", "--gpu", "4090").out
+    without_speed = cli(*words, "--vram-gib", "24").out
+    assert f"data: {document['steps']} steps of" in without_speed and "speed: not known" in without_speed
+    assert cli("plan", "demo", "--data", "mine.jsonl", "--gpu", "4090", "--json").document["steps"] == 28
+
+
+def test_rows_that_are_not_there_are_said(cli: Cli, llama: str) -> None:
+    gone = cli("plan", "--model", llama, "--data", "gone.jsonl")
+    assert (gone.code, gone.out) == (2, "")
+    assert "gone.jsonl does not exist" in gone.err
+    assert "the rows of some/rows are not here" in cli("plan", "--model", llama, "--data", "some/rows").out
+
+
 def test_a_speed_that_nobody_can_know_is_not_invented(cli: Cli, llama: str) -> None:
     for words in (("--vram-gib", "24"), ()):
         outcome = cli("plan", "--model", llama, *words, "--json")

@@ -27,6 +27,7 @@ _ROLE = "role"
 _TURNS = frozenset({"messages", "conversations", "prompt", "completion", "instruction", "output", "question", "answer"})
 """Columns of conversations: a row that has one is no plain text."""
 _KEY_BYTES = 64
+_NO_CUT = 2**31
 _MOST_BLOCKS = 1000
 """Blocks of a text that are looked at one by one; the others are as long."""
 
@@ -75,6 +76,11 @@ class RowsGuess:
         times = 1 + paired
         least, usual, most = (_mean(sizes, times * longest, ratio, times * more) for ratio, more in pairs)
         return least, usual, most
+
+    @property
+    def longest_row(self) -> tuple[float, float, float]:
+        """Tokens of the longest row that was read, uncut: least, usual and most."""
+        return replace(self, text_bytes=(max(self.text_bytes),), asked_bytes=()).tokens_per_row(_NO_CUT)
 
     def in_blocks(self, longest: int, stride: int) -> "RowsGuess":
         """Return the same texts as blocks: so many rows, each with its share of the text.
