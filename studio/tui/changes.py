@@ -35,16 +35,21 @@ class Change:
     @property
     def words(self) -> str:
         """What differs afterwards in one line, such as `Rank 32 -> 16, Alpha 64 -> 32 and 4 more`."""
-        in_order = [path for _, section in SECTIONS for path in section]  # as the form shows them
-        paths = [path for path in in_order if self.before.get(path) != self.after.get(path)]
-        if not paths:
+        told = differences(self.before, self.after)
+        if not told:
             return "the same recipe of another file"
-        named = [
-            f"{FIELDS[path].label} {_shown(path, self.before)} -> {_shown(path, self.after)}"
-            for path in paths[:_MOST_NAMED]
-        ]
-        more = len(paths) - len(named)
-        return ", ".join(named) + (f" and {more} more" if more else "")
+        more = len(told) - _MOST_NAMED
+        return ", ".join(told[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def differences(before: Recipe, after: Recipe) -> list[str]:
+    """Return each field that differs, as the form names and orders them, such as `Rank 32 -> 16`."""
+    return [
+        f"{FIELDS[path].label} {_shown(path, before)} -> {_shown(path, after)}"
+        for _, section in SECTIONS
+        for path in section
+        if before.get(path) != after.get(path)
+    ]
 
 
 class Changes:

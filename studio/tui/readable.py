@@ -13,6 +13,14 @@ def duration(seconds: float | None) -> str:
     return UNKNOWN if seconds is None or not math.isfinite(seconds) else duration_text(seconds)
 
 
+def age(seconds: float) -> str:
+    """Return how long ago something was, in its largest unit: `just now`, `12 min ago`, `3 h ago`, `5 days ago`."""
+    for unit, size in (("days", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= size * (2 if unit == "days" else 1):
+            return f"{int(seconds // size)} {unit} ago"
+    return "just now"
+
+
 def gib(size_bytes: float | None) -> str:
     """Return bytes as GiB with one decimal, without the unit."""
     return UNKNOWN if size_bytes is None or not math.isfinite(size_bytes) else f"{size_bytes / _GIB:.1f}"

@@ -8,11 +8,13 @@ import pytest
 from textual.content import Content
 from textual.pilot import Pilot
 
+from studio.core.recipe import Recipe
 from studio.tui.app import StudioApp
 from studio.tui.screens.ask_audit import AskAudit, base_wishes
 from studio.tui.screens.cards import CardScreen
 from studio.tui.screens.dialogs import AskLine, Confirm, Dialog
 from studio.tui.screens.help import HelpScreen
+from studio.tui.screens.open import OpenScreen
 from tests.tui.stories import BOTH, play, settle
 
 DIALOGS: list[tuple[Callable[[], Dialog[Any]], int]] = [
@@ -20,6 +22,7 @@ DIALOGS: list[tuple[Callable[[], Dialog[Any]], int]] = [
     (lambda: AskAudit("Audit", base_wishes(), {}), 12),
     (lambda: Confirm(Content("Sure?"), "do it"), 8),
     (lambda: CardScreen(""), 90),
+    (lambda: OpenScreen(Recipe(), list, lambda recipe, source: None), 90),
     (lambda: HelpScreen([("x", "Stop")], fields=False), 90),
 ]
 

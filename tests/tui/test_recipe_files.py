@@ -11,12 +11,12 @@ from studio.commands import open_studio
 from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
 from studio.runs.last_recipe import LastRecipe, keep_last_recipe, source_of
-from studio.runs.recipe_file import load_recipe
+from studio.runs.recipe_file import find_recipe, load_recipe
 from studio.tui.app import StudioApp
 from studio.tui.screens import configure
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.dialogs import AskLine, Confirm
-from studio.tui.screens.recipe_dialogs import open_recipe, save_recipe, target_of
+from studio.tui.screens.recipe_dialogs import save_recipe, target_of
 from tests.tui.stories import HOSTILE, Asked, assert_harmless, given, play, services_that, settle, shown, until
 
 
@@ -53,22 +53,6 @@ def test_save_again_and_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     play(story, tmp_path)
 
 
-def test_what_cannot_be_opened_is_said_and_escape_changes_nothing(tmp_path: Path) -> None:
-    async def story(pilot: Pilot[None], app: StudioApp) -> None:
-        await pilot.press("O")
-        await settle(pilot)
-        assert "shipped recipe: " in shown(app)
-        await pilot.press(*"nothing.toml", "enter")
-        await settle(pilot)
-        assert "there is no recipe file nothing.toml" in shown(app)
-        assert_harmless(app)
-        await pilot.press("escape")
-        await settle(pilot)
-        assert recipe_of(app) == Recipe(name="try")
-
-    play(story, tmp_path)
-
-
 def test_a_hostile_name_stays_text(tmp_path: Path) -> None:
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await pilot.press("s")
@@ -86,7 +70,6 @@ def test_files(tmp_path: Path) -> None:
             target_of(word)
     with pytest.raises(BadInput, match="cannot be written"):
         save_recipe(Recipe(), tmp_path / "missing" / "r.toml")
-    assert open_recipe("demo").name
 
 
 def test_what_is_turned_is_kept_after_a_moment_and_when_the_studio_is_left(
@@ -152,7 +135,7 @@ def test_the_studio_opens_on_the_recipe_turned_last(tmp_path: Path, monkeypatch:
         assert main(words) == 0
         return opened[-1]
 
-    assert start() == (open_recipe("demo"), "")
+    assert start() == (load_recipe(find_recipe("demo")), "")
     turned = Recipe(name="turned").with_("adapter.rank", 48)
     keep_last_recipe(LastRecipe(turned, source_of(file)))
     assert start() == (turned, "")
@@ -163,7 +146,7 @@ def test_the_studio_opens_on_the_recipe_turned_last(tmp_path: Path, monkeypatch:
     assert "has changed since your last visit" in note
     (tmp_path / "home" / "last_recipe.json").write_text("{")
     recipe, note = start()
-    assert recipe == open_recipe("demo")
+    assert recipe == load_recipe(find_recipe("demo"))
     assert "damaged" in note
 
 

@@ -13,7 +13,7 @@ from studio.runs.recipe_file import dump_recipe
 from studio.tui.app import StudioApp
 from studio.tui.changes import Change, Changes
 from studio.tui.screens.configure import ConfigureScreen
-from studio.tui.screens.dialogs import AskLine
+from studio.tui.screens.open import OpenScreen
 from tests.tui.stories import (
     BOTH,
     HOSTILE,
@@ -88,7 +88,7 @@ def test_every_kind_of_change_is_undone_and_redone_in_turn(tmp_path: Path, size:
         await after("f")
         await pilot.press("O")
         await settle(pilot)
-        assert isinstance(app.screen, AskLine)
+        assert isinstance(app.screen, OpenScreen)
         await pilot.press(*str(other), "enter")
         await settle(pilot)
         stood.append(screen.recipe)

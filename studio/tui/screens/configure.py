@@ -29,7 +29,7 @@ from studio.tui.panels.recipe_form import RecipeForm
 from studio.tui.panels.top_bar import TopBar
 from studio.tui.screens.cards import CardScreen
 from studio.tui.screens.dialogs import Confirm
-from studio.tui.screens.recipe_dialogs import ask_to_open, ask_to_save
+from studio.tui.screens.recipe_dialogs import ask_to_save
 from studio.tui.services import Services
 from studio.tui.told import Abandoned, ReadingTold
 from widgets.gauge import Gauge
@@ -56,7 +56,7 @@ class ConfigureScreen(Screen[None]):
         Binding("o", "show_runs", "Runs"),
         Binding("a", "show_audits", "Audit"),
         Binding("s", "save", "Save", show=False),
-        Binding("O", "open", "Open", show=False),
+        Binding("O", "open", "Open"),
         Binding("S", "setup", "Guided set-up", show=False),
         Binding("question_mark", "app.help", "Help", key_display="?"),
         Binding("q", "app.quit", "Quit"),
@@ -289,7 +289,9 @@ class ConfigureScreen(Screen[None]):
 
     def action_open(self) -> None:
         """Show another recipe; `u` brings back the recipe of before."""
-        ask_to_open(self.app, self._open)
+        from studio.tui.screens.open import ask_to_open  # noqa: PLC0415  not needed for the first frame
+
+        ask_to_open(self.app, self.recipe, self._runs_root, self._source, self._open)
 
     def _open(self, recipe: Recipe, source: RecipeSource | None = None) -> None:
         self._do(Change(self.recipe, recipe, self._source, source))

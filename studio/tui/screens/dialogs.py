@@ -1,6 +1,6 @@
-"""What every dialog shares, and the two that many screens ask with: for a yes, and for a line of text."""
+"""What every dialog shares, and what many screens ask with: for a yes, for a line of text, for one of a list."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import ClassVar, TypeVar
 
 from textual.app import ComposeResult
@@ -8,7 +8,8 @@ from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.content import Content
 from textual.screen import ModalScreen
-from textual.widgets import Input, Static
+from textual.widgets import Input, OptionList, Static
+from textual.widgets.option_list import Option
 
 from studio.core.errors import StudioError
 from studio.core.text import plain
@@ -114,3 +115,87 @@ class AskLine(Dialog[str]):
             self.query_one("#refused", Static).update(plain(str(error)))
         else:
             self.dismiss(event.value)
+
+
+class Picker(Dialog[Answer]):
+    """A list that typing narrows: the cursor stays in the filter while the arrows move in the list.
+
+    A subclass says in `offers` what is in the list and composes a box of `#filter` and `#offers`.
+    """
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("down", "move('cursor_down')", "Next", show=False, priority=True),
+        Binding("up", "move('cursor_up')", "Before", show=False, priority=True),
+        Binding("pagedown", "move('page_down')", "Further", show=False, priority=True),
+        Binding("pageup", "move('page_up')", "Back by as much", show=False, priority=True),
+    ]
+
+    DEFAULT_CSS = """
+    Picker {
+        & > Vertical { height: 80%; padding: 0; }
+        & OptionList { height: 1fr; }
+    }
+    """
+
+    def __init__(self) -> None:
+        """Start with an empty filter."""
+        super().__init__()
+        self._offered: list[Answer | None] = []
+
+    def offers(self, text: str) -> Iterable[tuple[Answer | None, Content]]:
+        """Return what a filter lets through, each with its line; None stands for a heading, which cannot be chosen."""
+        raise NotImplementedError
+
+    @property
+    def chosen(self) -> Answer | None:
+        """What is under the cursor."""
+        row = self.query_one("#offers", OptionList).highlighted
+        return None if row is None else self._offered[row]
+
+    def show_offers(self) -> None:
+        """Show what the filter lets through, with the cursor on the first."""
+        options, found = (
+            self.query_one("#offers", OptionList),
+            list(self.offers(self.query_one("#filter", Input).value)),
+        )
+        self._offered = [answer for answer, _ in found]
+        options.set_options([Option(line, disabled=answer is None) for answer, line in found])
+        options.highlighted = next((row for row, answer in enumerate(self._offered) if answer is not None), None)
+
+    def move_to(self, answer: Answer) -> None:
+        """Put the cursor on an answer, where it is offered."""
+        if answer in self._offered:
+            self.query_one("#offers", OptionList).highlighted = self._offered.index(answer)
+
+    def on_input_changed(self, event: Input.Changed) -> None:
+        """Narrow the list."""
+        event.stop()
+        self.show_offers()
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        """Take what is under the cursor."""
+        event.stop()
+        if self.chosen is not None:
+            self.take(self.chosen)
+
+    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
+        """Take what was clicked, or do with it what the subclass does."""
+        event.stop()
+        answer = self._offered[event.option_index]
+        if answer is not None:
+            self.click(answer)
+
+    def click(self, answer: Answer) -> None:
+        """Take what was clicked."""
+        self.take(answer)
+
+    def take(self, answer: Answer) -> None:
+        """Close with an answer."""
+        self.dismiss(answer)
+
+    def action_move(self, how: str) -> None:
+        """Move in the list while the cursor stays in the filter."""
+        options = self.query_one("#offers", OptionList)
+        getattr(options, f"action_{how}")()
+        if options.highlighted is None:  # a page up that ended on a heading
+            options.action_first()

@@ -1,4 +1,4 @@
-"""Saving and opening recipes: the questions, and the files."""
+"""Saving a recipe: the questions, and the file."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +10,8 @@ from studio.core.errors import BadInput, StudioError
 from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.runs.atomic import write_whole
-from studio.runs.last_recipe import RecipeSource, source_of, source_of_users
-from studio.runs.recipe_file import dump_recipe, find_recipe, load_recipe, shipped_recipes
+from studio.runs.last_recipe import RecipeSource, source_of
+from studio.runs.recipe_file import dump_recipe
 from studio.tui.screens.dialogs import AskLine, Confirm
 
 _LONGEST_NAME = 60
@@ -36,17 +36,6 @@ def ask_to_save(app: App[None], recipe: Recipe, saved: Callable[[RecipeSource], 
 
     name = f"{plain(recipe.name, one_line=True, limit=_LONGEST_NAME)}.toml"
     app.push_screen(AskLine("Save the recipe as", name, check=target_of), take)
-
-
-def ask_to_open(app: App[None], opened: Callable[[Recipe, RecipeSource | None], None]) -> None:
-    """Ask for a recipe's file or name and hand the recipe on, with the file where it is the user's."""
-
-    def take(word: str | None) -> None:
-        if word is not None:
-            opened(open_recipe(word), source_of_word(word))
-
-    hint = f"A file, or a shipped recipe: {', '.join(shipped_recipes())}"
-    app.push_screen(AskLine("Open which recipe?", "", hint=hint, check=open_recipe), take)
 
 
 def _save(app: App[None], recipe: Recipe, path: Path) -> bool:
@@ -92,21 +81,3 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     except OSError as error:
         shown = plain(str(path), one_line=True, limit=200)
         raise BadInput(f"the recipe {shown} cannot be written: {error.strerror or error}.") from error
-
-
-def open_recipe(word: str) -> Recipe:
-    """Return the recipe in a file, or the shipped one of that name.
-
-    Raises:
-        BadInput: There is none, or it is damaged.
-    """
-    return load_recipe(find_recipe(word.strip()))
-
-
-def source_of_word(word: str) -> RecipeSource | None:
-    """Return the user's file that a word means; None for a shipped recipe.
-
-    Raises:
-        BadInput: There is none.
-    """
-    return source_of_users(find_recipe(word.strip()))
