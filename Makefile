@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: setup demo test test-slow lint docs bench gpu-check gpu-rehearsal clean
+.PHONY: setup demo test test-slow lint docs pictures film bench gpu-check gpu-rehearsal clean
 
 setup: $(READY)
 
@@ -38,6 +38,15 @@ lint: setup
 # The pages of docs/reference/, from the code; a test holds them to it.
 docs: setup
 	$(BIN)/python -m tests.house.reference
+
+# Every screen in every size and look, in build/pictures; those that README and docs/ show. Runs are made first: ten minutes.
+# ARGS="configure run --size 80x24 --look light": some of them.
+pictures: setup
+	$(BIN)/python -m tests.pictures $(ARGS)
+
+# docs/pictures/film.svg: launch, gauge, training and merge, by a real training in tmux.
+film: setup
+	$(BIN)/python -m tests.pictures.film
 
 bench: setup
 	$(BIN)/python -m tests.bench

@@ -39,8 +39,12 @@ class Terminal:
     def screen(self) -> str:
         return self._tmux("capture-pane", "-p", "-t", "story")
 
-    def until(self, seen: Callable[[str], bool], what: str) -> str:
-        end = time.monotonic() + PATIENCE_SECONDS
+    def coloured(self) -> str:
+        """The screen with its colours, as escape sequences, every row up to its end."""
+        return self._tmux("capture-pane", "-e", "-N", "-p", "-t", "story")
+
+    def until(self, seen: Callable[[str], bool], what: str, seconds: float = PATIENCE_SECONDS) -> str:
+        end = time.monotonic() + seconds
         while time.monotonic() < end:
             screen = self.screen()
             if seen(screen):
