@@ -41,10 +41,10 @@ async def take(shot: Shot, home: Home, sizes: Sequence[tuple[int, int]], looks: 
             await _until(pilot, app, seen, shot.name)
         if (screen := type(app.screen).__name__) != shot.screen:
             raise AssertionError(f"{shot.name} is to show a {shot.screen}; a {screen} is shown")
-        for columns, rows in sizes:
-            await pilot.resize_terminal(columns, rows)
-            for look in looks:
-                await wear(pilot, app, look)
+        for look in looks:
+            await wear(pilot, app, look)
+            for columns, rows in sizes:
+                await pilot.resize_terminal(columns, rows)
                 await steady(pilot, app, look)
                 file = out / f"{columns}x{rows}" / look.name / f"{shot.name}.svg"
                 file.parent.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,8 @@ from studio.runs.watch import read_history
 
 _PATIENCE_SECONDS = 900.0
 _ROLES = "pictured.json"
+_SMALL = ("--batch", "4", "--accumulation", "1", "--set", "eval.rows=16", "--set", "eval.samples=1")
+"""What keeps the runs that are ended early from taking longer than the one that is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,7 @@ class Home:
     @contextmanager
     def live(self, steps: int = 4) -> Iterator[RunPaths]:
         """Train the demo's recipe until the block ends, from some steps on; then the run is gone."""
-        paths = self._begun(steps, "--set", "train.steps=400", "--set", "name=shell-helper")
+        paths = self._begun(steps, "--set", "train.steps=400", "--set", "name=docs-long")
         self._keep("live", paths.name)
         try:
             yield paths
@@ -110,7 +112,7 @@ class Home:
 
     def _begun(self, steps: int, *words: str) -> RunPaths:
         """Return a training that has taken some steps and goes on."""
-        paths = RunPaths(self.runs / self._name_of(self.verb("train", "demo", "--detach", *words)))
+        paths = RunPaths(self.runs / self._name_of(self.verb("train", "demo", "--detach", *_SMALL, *words)))
         _wait(lambda: read_history(paths).last_step >= steps, f"step {steps} of {paths.name}")
         return paths
 

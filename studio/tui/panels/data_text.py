@@ -1,6 +1,7 @@
 """The texts of the Data screen: rows as tokens, what they add up to, what is left out; and the worst in a line."""
 
 from collections.abc import Iterator, Sequence
+from textwrap import wrap
 
 from textual.content import Content
 
@@ -77,7 +78,8 @@ def facts_text(opened: Opened, summary: Summary, cells: int) -> Content:
     if not summary.whole:
         parts.append((f"{count(summary.done)} of {count(summary.rows)} rows added up so far\n\n", "$text-warning"))
     for label, words, style in _facts(opened, summary):
-        parts += [(f"{label:{_LABEL}}", "dim"), (words, style), "\n"]
+        lines = wrap(words, max(_LABEL, cells - _LABEL - 1))
+        parts += [(f"{label:{_LABEL}}", "dim"), (f"\n{'':{_LABEL}}".join(lines), style), "\n"]
     parts += ["\n", *_histogram(summary, cells)]
     notes = [*opened.notes, *summary.said]
     if notes:
@@ -129,7 +131,10 @@ def _histogram(summary: Summary, cells: int) -> _Parts:
         if not number:
             continue
         width = -(-number * room // most)
-        parts += [(f"{count(low):>7} - {count(high - 1):>7} ", "dim"), ("█" * width, "$text-error" if cut else "")]
+        parts += [
+            (f"{count(low):>7} - {count(high - 1):>7} ", "dim"),
+            ("█" * width, "$text-error" if cut else "$text-primary"),
+        ]
         parts.append(f" {count(number)}\n")
     return parts
 
