@@ -9,16 +9,21 @@ from typing import Any
 from studio.commands.options import add_json
 from studio.commands.terminal import DONE, NO, say, size, table, width_of_terminal, write_json
 from studio.core.text import plain
+from studio.probe.known_models import known_names
 from studio.probe.local_models import local_models
 from studio.probe.model_check import check_model
 
 _LABEL = 11
+_BILLION = 10**9
 _ROLES = ("system", "user", "assistant", "tool")
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare the verb."""
     parser = subparsers.add_parser("models", help="the base models on this machine, and what is known of one")
+    parser.add_argument(
+        "--known", action="store_true", help="list the models whose sizes are shipped: planned without a connection"
+    )
     add_json(parser)
     verbs = parser.add_subparsers(dest="models_verb", metavar="check")
     check = verbs.add_parser(
@@ -40,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.models_verb == "check":
         return _check(args)
+    if args.known:
+        return _list_known(as_json=args.json)
     found = local_models()
     if args.json:
         write_json([asdict(model) for model in found])
@@ -47,6 +54,19 @@ def run(args: argparse.Namespace) -> int:
     rows = [[model.word, model.kind, size(model.size_bytes), model.problem or model.path or ""] for model in found]
     say(table([["model", "kind", "weights", "where"], *rows]))
     say("any folder with config.json and safetensors works as well; a hub id is downloaded when it is first used")
+    say(f"{len(known_names())} models of the hub can be planned without a connection: lora-studio models --known")
+    return DONE
+
+
+def _list_known(*, as_json: bool) -> int:
+    known = list(known_names().values())
+    if as_json:
+        write_json([{"model": one.repo, "parameters": one.parameters, "gated": one.gated} for one in known])
+        return DONE
+    rows = [[one.repo, _many(one.parameters), "gated" if one.gated else ""] for one in known]
+    say(table([["model", "parameters", ""], *rows]))
+    say("plan one with: lora-studio plan MODEL --gpu NAME; it needs no connection, no download and no token")
+    say("gated: before a training the hub wants its terms accepted on the model's page, and a token: hf auth login")
     return DONE
 
 
@@ -98,9 +118,12 @@ def _trained_text(trains: dict[str, Any]) -> str:
     if trains["family"] is None:
         return f"{trains['what']}; its sizes are not known"
     on_disk = f", {size(trains['bytes'])} on disk" if trains["bytes"] is not None else ""
-    millions = trains["parameters"] / 1e6
-    many = f"{millions / 1e3:.2f} B" if millions >= 1e3 else f"{millions:.2f} M"
+    many = _many(trains["parameters"])
     return f"{trains['what']}: {trains['family']}, {trains['layers']} layers, {many} parameters{on_disk}"
+
+
+def _many(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f} B" if parameters >= _BILLION else f"{parameters / 1e6:.2f} M"
 
 
 def _precision_text(held: dict[str, Any]) -> str:

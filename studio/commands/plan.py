@@ -29,10 +29,12 @@ from studio.core.vram.setup import Setup, as_it_lies, setup_of
 from studio.probe.data.places import find_files, hub_word
 from studio.probe.data.reading import Reading
 from studio.probe.device import look, place_of
+from studio.probe.known_models import known_names
+from studio.probe.model_folder import CONFIG
 from studio.probe.pace import Pace, calibrated, pace_of, pace_to_dict, process_of
 from studio.probe.plan import PlanDevice, device_from_catalogue, device_of
 from studio.probe.shape import find_shape
-from studio.runs.recipe_file import find_recipe, load_recipe
+from studio.runs.recipe_file import find_recipe, load_recipe, shipped_recipes
 
 _MOST_GIB = 4096.0
 _STOCK = ("kbit_prepare", "head_cast_back", "autocast", "outputs_kept", "transformers", "fused_kernels")
@@ -51,7 +53,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Declare the verb."""
     parser = subparsers.add_parser("plan", help="how much memory a recipe takes, before it runs")
     parser.add_argument(
-        "recipe_word", metavar="RECIPE", nargs="?", help="a recipe's path or name; none takes the defaults"
+        "recipe_word",
+        metavar="RECIPE",
+        nargs="?",
+        help="a recipe's path or name, or a model (as --model does, with the defaults); none takes the defaults",
     )
     parser.add_argument("--model", metavar="MODEL", help="a folder, a config.json, a .gguf, a hub id, or: embedded")
     parser.add_argument(
@@ -90,6 +95,8 @@ def add_card(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Estimate, print, and return 0 when it fits or no card is known, 1 when it may not fit."""
+    if args.recipe_word and not args.model and _is_model(args.recipe_word):
+        args.model, args.recipe_word = args.recipe_word, None
     recipe = _recipe(args)
     shape = find_shape(args.model or recipe.model.base, "" if args.model else recipe.model.revision)
     device = device_for(args, recipe)
@@ -132,6 +139,14 @@ def _estimate(shape: ModelShape, setup: Setup, gpu: Gpu | None) -> tuple[Setup, 
         return setup, refined(estimate_stock(shape, setup, gpu), shape, setup, gpu)
     setup = as_it_lies(setup, shape.quantised)
     return setup, estimate_vram(shape, setup, gpu)
+
+
+def _is_model(word: str) -> bool:
+    """Return whether a word names no recipe here, and a model whose sizes are shipped or that lies in a folder."""
+    if word in shipped_recipes() or "\0" in word:
+        return False
+    path = Path(word)
+    return (path / CONFIG).is_file() or (not path.exists() and word.lower() in known_names())
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:

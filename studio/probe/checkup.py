@@ -1,5 +1,7 @@
 """Whether this machine has what a fine-tune needs: libraries, a card that torch can use, memory, room on the disk.
 
+Also what the Hugging Face hub's client has here, and what the terminal can show. The hub is not asked.
+
 Versions are read from the installed packages' metadata, without importing the packages. `import_libraries` imports them
 in a process of its own.
 """
@@ -7,12 +9,14 @@ in a process of its own.
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
@@ -30,6 +34,15 @@ _PACKAGE = "lora-studio"
 _LEAST_PYTHON = (3, 11)
 _LEAST_DISK_BYTES, _COMFORTABLE_DISK_BYTES = 200 * 10**6, 10 * 10**9
 _REQUIREMENT = re.compile(r"^([A-Za-z0-9_.-]+)[^;]*?(?:>=|==)\s*([0-9][0-9.]*)")
+_ROOM_FOR_A_MODEL_BYTES = 16 * 10**9
+_LEAST_COLUMNS, _LEAST_LINES = 80, 24
+_VARIABLES_OF_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_LOGIN = (
+    "open models and plans need none; gated ones (Llama, Gemma 1 to 3) and private ones do: accept the terms on the "
+    "model's page, then run hf auth login, or set HF_TOKEN"
+)
+_OTHER_CACHE = "set HF_HOME to a folder that can be written, on a disk with room for models"
+_AROUND = {"TMUX": "in tmux", "STY": "in screen", "SSH_CONNECTION": "over SSH"}
 _IMPORT_SECONDS = 120.0
 _IMPORTS = """
 import json, torch, transformers, peft, bitsandbytes
@@ -84,6 +97,8 @@ def check_up(machine: Machine, runs_root: Path) -> list[Check]:
         _disk(machine, runs_root),
         _runs(runs_root),
         _data_cache(),
+        *_hub(os.environ),
+        terminal_check(os.environ, shutil.get_terminal_size((0, 0)), sys.stdout),
         *(Check("left over", "note", left.words, left.advice) for left in left_over(runs_root)),
         _embedded(),
     ]
@@ -269,6 +284,67 @@ def _data_cache() -> Check:
     size_bytes, folder = kept_bytes(), plain(str(data_cache()), one_line=True)
     found = f"{size_bytes / 1e9:.1f} of at most {MOST_BYTES / 1e9:.0f} GB: rows and tokens of large files, in {folder}"
     return Check("data cache", "ok", found if size_bytes else "empty")
+
+
+def _hub(environment: Mapping[str, str]) -> list[Check]:
+    """Return what the hub's client has here: a token, which is not shown, a cache, and leave to ask."""
+    from huggingface_hub import constants, get_token  # noqa: PLC0415  0.24 s that only `doctor` pays
+
+    token = Check("hub token", "note", "none known here", _LOGIN)
+    if get_token():
+        where = next((name for name in _VARIABLES_OF_TOKENS if environment.get(name)), "hf auth login")
+        token = Check("hub token", "ok", f"known, from {where}; whether the hub accepts it is not asked")
+    checks = [token, _hub_cache(Path(constants.HF_HUB_CACHE))]
+    if constants.HF_HUB_OFFLINE:
+        told = "offline mode is on (HF_HUB_OFFLINE): only models in the cache or in folders can be trained on"
+        checks.append(Check("hub", "note", told))
+    return checks
+
+
+def _hub_cache(cache: Path) -> Check:
+    shown = plain(str(cache), one_line=True)
+    try:
+        place = next(folder for folder in (cache, *cache.parents) if folder.exists())
+        held = sum(blob.stat().st_size for blob in cache.glob("*/blobs/*") if blob.is_file())
+        models = sum(1 for _ in cache.glob("models--*"))
+        free = shutil.disk_usage(place).free
+    except OSError as error:
+        return Check("hub cache", "note", f"{shown} cannot be looked at: {error.strerror or error}", _OTHER_CACHE)
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        return Check("hub cache", "note", f"{shown} cannot be written", _OTHER_CACHE)
+    found = f"{models} model(s), {held / 1e9:.1f} GB, in {shown}; {free / 1e9:.1f} GB free on its disk"
+    if free < _ROOM_FOR_A_MODEL_BYTES:
+        return Check("hub cache", "note", found, f"an 8 B model takes 16 GB: {_OTHER_CACHE}")
+    return Check("hub cache", "ok", found)
+
+
+def terminal_check(environment: Mapping[str, str], size: os.terminal_size, stream: TextIO) -> Check:
+    """Return what the terminal can show of the studio's screens.
+
+    Args:
+        environment: The environment's variables.
+        size: Of the terminal, as columns and lines; zeros where there is none.
+        stream: What is printed to.
+    """
+    term = environment.get("TERM", "")
+    if not stream.isatty():
+        return Check("terminal", "ok", "none here: this goes to a file or a program; the verbs work, screens want one")
+    if environment.get("NO_COLOR"):
+        colours = "no colours (NO_COLOR)"
+    elif environment.get("COLORTERM", "").lower() in ("truecolor", "24bit"):
+        colours = "16 million colours"
+    else:
+        colours = "256 colours" if "256" in term else "16 colours"
+    around = [word for name, word in _AROUND.items() if environment.get(name)]
+    found = ", ".join([f"{size.columns} x {size.lines}", colours, plain(term, one_line=True, limit=40), *around])
+    if term in ("", "dumb"):
+        return Check("terminal", "note", found, "TERM names no terminal: the verbs work, the screens may not be shown")
+    if (stream.encoding or "").lower().replace("-", "") != "utf8":
+        advice = "screens draw with UTF-8: set LANG to a UTF-8 locale such as C.UTF-8"
+        return Check("terminal", "note", f"{found}, {stream.encoding}", advice)
+    if size.columns < _LEAST_COLUMNS or size.lines < _LEAST_LINES:
+        return Check("terminal", "note", found, "screens are made for 80 x 24 and more: make the window larger")
+    return Check("terminal", "ok", found)
 
 
 def _embedded() -> Check:

@@ -21,6 +21,7 @@ from studio.probe.safetensors_file import CorruptSafetensors, SafetensorsHeader,
 _ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 _CHECKSUM = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _SHA256_DIGITS = 64
+_UNAUTHORISED = 401
 _ASK_SECONDS = 15.0
 _AT_ONCE = 8  # shards asked for at the same time; a 70B model has 15 to 30
 # What training needs of a repository; pickles, GGUF files and the makers' own checkpoints stay there.
@@ -36,11 +37,12 @@ class HubRefusal(BadInput):
 
     Attributes:
         why: The reason in a few words.
+        gated: Whether the hub wants its terms accepted first.
     """
 
-    def __init__(self, message: str, why: str) -> None:
+    def __init__(self, message: str, why: str, *, gated: bool = False) -> None:
         super().__init__(message)
-        self.why = why
+        self.why, self.gated = why, gated
 
 
 def is_hub_id(word: str) -> bool:
@@ -90,7 +92,8 @@ def ask_hub(repo: str, revision: str, cached: str) -> tuple[dict[str, Any], int]
     except BadInput:
         raise
     except Exception as error:  # noqa: BLE001  the transport (requests, httpx, httpx2) differs between versions
-        raise HubRefusal(*_refusal(repo, revision, cached, error)) from None
+        words, why, gated = _refusal(repo, revision, cached, error)
+        raise HubRefusal(words, why, gated=gated) from None
     return config, sum(size for name, size in names.items() if name.endswith(".safetensors") and "/" not in name)
 
 
@@ -120,6 +123,14 @@ def knows_token() -> bool:
     return bool(get_token())
 
 
+def way_through_the_gate(repo: str, *, token: bool) -> str:
+    """Return what a user does to be given a gated model, where a token of the hub is known on this computer or not."""
+    page = f"https://huggingface.co/{repo}"
+    if token:
+        return f"accept its terms at {page}, with the account of the token on this computer; it may take until granted"
+    return f"accept its terms at {page}, then run: hf auth login (or set HF_TOKEN); no token is known on this computer"
+
+
 def download(repo: str, revision: str, size_bytes: int = 0, told: Callable[[int], None] | None = None) -> Path:
     """Download what training needs of a model into the cache, or what is missing of it, and return its folder.
 
@@ -132,15 +143,9 @@ def download(repo: str, revision: str, size_bytes: int = 0, told: Callable[[int]
     Raises:
         BadInput: The disk has no room for it, the download failed, or the model is not whole.
     """
-    from huggingface_hub import snapshot_download  # noqa: PLC0415
-
     _require_room(repo, size_bytes)
     bars: dict[str, Any] = {"tqdm_class": byte_counter(told)} if told else {}
-    try:
-        folder = Path(snapshot_download(repo, revision=revision or None, **_PATTERNS, **bars))
-    except Exception as error:
-        why = f"{type(error).__name__}: {plain(str(error), one_line=True, limit=300)}"
-        raise BadInput(f"{repo} could not be downloaded ({why}). Try again: it goes on where it stopped.") from error
+    folder = _fetch(repo, revision, repo, {**_PATTERNS, **bars})
     check_folder(folder)
     return folder
 
@@ -155,15 +160,21 @@ def download_tokenizer(repo: str, revision: str) -> Path:
     Raises:
         BadInput: The download failed.
     """
-    from huggingface_hub import snapshot_download  # noqa: PLC0415
-
     # Everything of `_PATTERNS` but the weights.
     wanted = {**_PATTERNS, "ignore_patterns": [*_PATTERNS["ignore_patterns"], "*.safetensors", "*.index.json"]}
+    return _fetch(repo, revision, f"The tokenizer of {repo}", wanted)
+
+
+def _fetch(repo: str, revision: str, what: str, wanted: dict[str, Any]) -> Path:
+    from huggingface_hub import errors, snapshot_download  # noqa: PLC0415
+
     try:
         return Path(snapshot_download(repo, revision=revision or None, **wanted))
+    except errors.GatedRepoError:
+        raise BadInput(f"{what} is gated: {way_through_the_gate(repo, token=knows_token())}.") from None
     except Exception as error:
         why = f"{type(error).__name__}: {plain(str(error), one_line=True, limit=300)}"
-        raise BadInput(f"The tokenizer of {repo} could not be downloaded ({why}). Try again.") from error
+        raise BadInput(f"{what} could not be downloaded ({why}). Try again: it goes on where it stopped.") from error
 
 
 def _require_room(repo: str, size_bytes: int) -> None:
@@ -189,23 +200,27 @@ def _require_trainable(names: Iterable[str], where: str) -> None:
     require_tokenizer(names, where)
 
 
-def _refusal(repo: str, revision: str, cached: str, error: Exception) -> tuple[str, str]:
-    """Return what to tell the user, and the reason in a few words."""
+def _refusal(repo: str, revision: str, cached: str, error: Exception) -> tuple[str, str, bool]:
+    """Return what to tell the user, the reason in a few words, and whether the model is gated."""
     from huggingface_hub import errors  # noqa: PLC0415
 
     name = f"The model {repo}" + (f" at revision {plain(revision, one_line=True, limit=80)}" if revision else "")
     match error:
         case errors.GatedRepoError():
-            way_out = f"accept its terms at https://huggingface.co/{repo}, then run: hf auth login"
-            return f"{name} is gated: {way_out}", "it is gated there"
+            return f"{name} is gated: {way_through_the_gate(repo, token=knows_token())}.", "it is gated there", True
         case errors.RevisionNotFoundError():
             words = f"{name} was not found: the hub has the model, not this revision. Empty means the newest."
-            return words, "it has no such revision"
+            return words, "it has no such revision", False
         case errors.RepositoryNotFoundError():
+            words = f"{name} is not on the hub, or it is private. Check the name; for a private one run: hf auth login."
+            return words, "it is not there, or private", False
+        case errors.HfHubHTTPError(response=answer) if answer is not None and answer.status_code == _UNAUTHORISED:
             words = (
-                f"{name} is not on the hub, or it is private. Check the name; for a private model run: hf auth login"
+                f"{name} is not given: the hub does not accept the token of this computer (HTTP 401). It may have "
+                "ended: run hf auth login again, or hf auth logout to ask without one; where HF_TOKEN is set, it is "
+                "the one that is used."
             )
-            return words, "it is not there, or private"
+            return words, "it does not accept this computer's token", False
         case errors.OfflineModeIsEnabled():
             why = "offline mode is on (HF_HUB_OFFLINE)"
         case _:
@@ -215,7 +230,7 @@ def _refusal(repo: str, revision: str, cached: str, error: Exception) -> tuple[s
         f"On a machine with a connection run: hf download {repo} --local-dir FOLDER, and give the path of its copy. "
         "Without any of it, the model 'embedded' is there."
     )
-    return words, why
+    return words, why, False
 
 
 def byte_counter(told: Callable[[int], None]) -> type[Any]:

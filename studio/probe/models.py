@@ -11,7 +11,8 @@ from studio.core.recipe import EMBEDDED, Method
 from studio.core.text import plain
 from studio.probe.architecture import untrainable_architecture
 from studio.probe.embedded_model import config_from_gguf, embedded_header, find_embedded
-from studio.probe.hub import ask_hub, find_in_cache, is_hub_id
+from studio.probe.hub import HubRefusal, ask_hub, find_in_cache, is_hub_id
+from studio.probe.known_models import without_the_hub
 from studio.probe.model_folder import CONFIG, check_folder, json_word, read_config
 
 _BF16_BYTES = 2
@@ -117,7 +118,10 @@ def _on_hub(base: str, revision: str) -> BaseFound:
     cached = find_in_cache(base, revision)
     if not isinstance(cached, str):
         return BaseFound("hub", base, *cached, revision=revision)
-    config, size_bytes = ask_hub(base, revision, cached)
+    try:
+        config, size_bytes = ask_hub(base, revision, cached)
+    except HubRefusal as refusal:
+        raise HubRefusal(f"{refusal}{without_the_hub(base)}", refusal.why, gated=refusal.gated) from None
     return BaseFound("hub", base, None, config, size_bytes, revision=revision)
 
 

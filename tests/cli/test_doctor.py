@@ -1,5 +1,6 @@
 """`lora-studio doctor`: it looks, changes nothing, and says in its exit code whether a run could start."""
 
+import io
 import json
 import os
 import subprocess
@@ -138,6 +139,65 @@ def test_a_place_that_cannot_be_written_is_a_problem(cli: Cli, machine: dict[str
     outcome = cli("doctor", "--runs-dir", str(file / "runs"))
     assert outcome.code == 1
     assert "cannot be written" in outcome.out
+
+
+def test_the_hub_s_token_and_cache_are_looked_at_and_the_token_is_never_shown(
+    cli: Cli, machine: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    blobs = tmp_path / "hub" / "models--owner--tiny" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / "one").write_bytes(b"0" * 2 * 10**8)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    found = {check["name"]: check for check in cli("doctor", "--json").document["checks"]}
+    assert found["hub token"]["verdict"] == "note"
+    assert "gated ones (Llama, Gemma 1 to 3)" in found["hub token"]["advice"]
+    assert found["hub cache"]["found"].startswith(f"1 model(s), 0.2 GB, in {tmp_path / 'hub'}; ")
+    assert "hub" not in found
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_never_shown")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_TOKEN", "hf_never_shown")
+    shown = cli("doctor", "--json")
+    told = {check["name"]: check for check in shown.document["checks"]}
+    assert told["hub token"]["found"] == "known, from HF_TOKEN; whether the hub accepts it is not asked"
+    assert "offline mode is on" in told["hub"]["found"]
+    assert "never_shown" not in shown.out + shown.err
+
+
+@pytest.mark.parametrize(
+    ("environment", "columns", "encoding", "verdict", "found"),
+    [
+        (
+            {"TERM": "xterm-256color", "COLORTERM": "truecolor"},
+            120,
+            "utf-8",
+            "ok",
+            "120 x 24, 16 million colours",
+        ),
+        ({"TERM": "tmux-256color", "TMUX": "x", "SSH_CONNECTION": "y"}, 80, "UTF-8", "ok", "in tmux, over SSH"),
+        ({"TERM": "xterm", "NO_COLOR": "1"}, 80, "utf-8", "ok", "no colours (NO_COLOR)"),
+        ({"TERM": "linux"}, 72, "utf-8", "note", "72 x 24, 16 colours, linux"),
+        ({"TERM": "xterm-256color"}, 80, "ascii", "note", "256 colours, xterm-256color, ascii"),
+        ({"TERM": "dumb"}, 80, "utf-8", "note", "dumb"),
+    ],
+)
+def test_what_the_terminal_can_show(
+    environment: dict[str, str], columns: int, encoding: str, verdict: str, found: str
+) -> None:
+    class Terminal(io.TextIOWrapper):
+        def isatty(self) -> bool:
+            return True
+
+    size, stream = os.terminal_size((columns, 24)), Terminal(io.BytesIO(), encoding=encoding)
+    check = checkup.terminal_check(environment, size, stream)
+    assert check.verdict == verdict
+    assert found in check.found
+    assert bool(check.advice) == (verdict == "note")
+    assert "none here" in checkup.terminal_check(environment, size, io.StringIO()).found
 
 
 def test_what_a_killed_export_left_is_listed_with_the_way_out(

@@ -390,7 +390,23 @@ def test_every_shipped_recipe_is_planned_offline_and_says_whose_config_that_was(
     assert len(own) == (name != "demo")
 
 
+@pytest.mark.parametrize("all_of_them", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_known_model_is_planned_by_its_name_alone_without_a_connection(cli: Cli, all_of_them: bool) -> None:
+    listed = cli("models", "--known", "--json").document
+    assert len(listed) > 100
+    asked = listed if all_of_them else [one for one in listed if one["model"].endswith(("/Qwen3-0.6B", "/gemma-2-2b"))]
+    for known in asked:
+        planned = cli("plan", known["model"], "--method", "qlora", "--vram-gib", "4000", "--json")
+        assert planned.code == 0, planned.err
+        document = planned.document
+        assert document["fits"]
+        (origin,) = [note for note in document["notes"] if "this program's own copy" in note]
+        page = f"accept its terms at https://huggingface.co/{known['model']}"
+        assert (page in origin) == known["gated"]
+    assert cli("plan", asked[0]["model"], "--model", "embedded", "--json").code == 2, "a recipe was named, too"
+
+
 def test_the_config_of_another_hub_model_is_not_made_up(cli: Cli) -> None:
-    outcome = cli("plan", "--model", "meta-llama/Llama-3.1-8B-Instruct", "--gpu", "4090")
+    outcome = cli("plan", "--model", "owner/Llama-3.1-8B-finetuned", "--gpu", "4090")
     assert (outcome.code, outcome.out) == (2, "")
     assert "cannot be found" in outcome.err
