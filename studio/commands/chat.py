@@ -21,13 +21,17 @@ from studio.runs.chat import (
     Sampling,
     TurnDone,
     check_sampling,
+    told_system,
 )
 from studio.runs.piped import Loading, NotAnswered
+from studio.runs.system_prompt import NO_SYSTEM_PROMPT, SystemPrompt
 
+_LONGEST_TOLD = 400
 _ENDS = {"length": "cut at --max-tokens", "cancelled": "stopped", "context": "cut: the model's context is full"}
 HELP = """/reset            begin a new conversation
 /temperature 0.7  how freely tokens are chosen; 0 takes the likeliest (also /top_p, /top_k, /repetition_penalty, /seed)
 /max 512          longest answer in tokens
+/system           say which system prompt is used; /system off, /system training, or /system TEXT: a new conversation
 /quit             leave (Ctrl-D too)"""
 _NUMBERS = {
     "temperature": float, "top_p": float, "top_k": int, "repetition_penalty": float, "seed": int, "max_new_tokens": int,
@@ -48,7 +52,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "model", metavar="RUN|DIR", help="a run, a PEFT folder, a model folder (merged or not), or: embedded"
     )
     parser.add_argument("--prompt", metavar="TEXT", help="ask this and leave; - reads it from stdin")
-    parser.add_argument("--system", default="", metavar="TEXT", help="a system prompt")
+    parser.add_argument(
+        "--system", metavar="TEXT", help="a system prompt (default: that of most rows of the training); '' for none"
+    )
     parser.add_argument("--base", default="", help="the base model (default: the one that it was trained on)")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--base-only", action="store_true", help="ask the base alone")
@@ -84,7 +90,8 @@ def run(args: argparse.Namespace) -> int:
         # What started us had Ctrl-C ignored, and children inherit that; in a conversation it is a key like others.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     with ChatProcess(request, module=args.modules.get("chat", MODULE)) as process:
-        chat = Talk(process, Conversation(args.system), sampling, to)
+        own = args.system if args.system is not None else request.trained_with.usual
+        chat = Talk(process, Conversation(own), sampling, to, request.trained_with)
         failed = chat.load()
         if failed is None:
             chat.sides = ("tuned",) if args.tuned_only else chat.sides
@@ -95,19 +102,30 @@ def run(args: argparse.Namespace) -> int:
             complain(f"{plain(failed.message)}{f': {plain(failed.advice)}' if failed.advice else ''}")
             return BAD_INPUT if failed.bad_input else NO
         if args.json:
-            write_json({"model": args.model, "prompt": prompt, "device": chat.device, "answers": chat.answers})
+            system = {"system": own, "system_from": _whence(args.system, own)}
+            asked = {"model": args.model, "prompt": prompt, "device": chat.device}
+            write_json({**asked, "answers": chat.answers, **system})
     return DONE
 
 
 def _prompt(args: argparse.Namespace) -> str | None:
     try:
         prompt = sys.stdin.read().strip() if args.prompt == "-" or _is_piped(args) else args.prompt
-        f"{prompt}{args.system}".encode()  # bytes that are no UTF-8 arrive as lone surrogates, which no tokenizer reads
+        for text in (
+            prompt,
+            args.system,
+        ):  # bytes that are no UTF-8 arrive as lone surrogates, which no tokenizer reads
+            (text or "").encode()
     except UnicodeError as error:
         raise BadInput("the question or the system prompt is not UTF-8 text.") from error
     if prompt is not None and not prompt.strip():
         raise BadInput("the question is empty: give it with --prompt or through stdin.")
     return str(prompt) if prompt is not None else None
+
+
+def _whence(given: str | None, used: str) -> str:
+    """Return where the system prompt comes from: `given`, `training` or, where none is used, `none`."""
+    return "none" if not used else "training" if given is None else "given"
 
 
 class Talk:
@@ -119,7 +137,14 @@ class Talk:
         answers: The last answers by side: text, tokens, seconds, reason.
     """
 
-    def __init__(self, process: ChatProcess, said: Conversation, sampling: Sampling, to: TextIO) -> None:
+    def __init__(
+        self,
+        process: ChatProcess,
+        said: Conversation,
+        sampling: Sampling,
+        to: TextIO,
+        trained_with: SystemPrompt = NO_SYSTEM_PROMPT,
+    ) -> None:
         """Talk through a process.
 
         Args:
@@ -127,8 +152,10 @@ class Talk:
             said: What was said so far, and the system prompt.
             sampling: How to choose tokens.
             to: Where answers are written as they come.
+            trained_with: What the rows of the training began with.
         """
         self.process, self.said, self.sampling = process, said, sampling
+        self.trained_with = trained_with
         self.sides: tuple[str, ...] = ()
         self.device = ""
         self.answers: dict[str, dict[str, Any]] = {}
@@ -147,7 +174,13 @@ class Talk:
                 self.sides, self.device = event.sides, event.device
                 for note in event.notes:
                     say(f"note: {plain(note)}", to=sys.stderr)
+                if system := self.told_system():
+                    say(f"note: {system}", to=sys.stderr)
         return None
+
+    def told_system(self) -> str:
+        """Return which system prompt is used, in one line; empty where there is none and none is known."""
+        return plain(told_system(self.trained_with, self.said.system), one_line=True, limit=_LONGEST_TOLD)
 
     def ask(self, question: str) -> NotAnswered | None:
         """Ask all sides and write their answers as they come; Ctrl-C stops them."""
@@ -193,7 +226,7 @@ class Command:
 
     Attributes:
         name: What to do; `help` for a command that does not exist or has no number where it needs one.
-        value: The number that came with it.
+        value: The number, or the system prompt, that came with it.
         text: What `help` answers.
     """
 
@@ -210,6 +243,8 @@ def read_command(line: str) -> Command | None:
     name = _OTHER_NAMES.get(word, word).replace("-", "_")
     if name in ("quit", "reset"):
         return Command(name)
+    if name == "system":
+        return Command(name, rest.strip())
     if name in _NUMBERS:
         try:
             return Command(name, _NUMBERS[name](rest))
@@ -245,6 +280,11 @@ def _do(chat: Talk, command: Command) -> str:
     if command.name == "reset":
         chat.said.clear()
         return "a new conversation"
+    if command.name == "system":
+        if command.value:
+            words = {"off": "", "none": "", "training": chat.trained_with.text}
+            chat.said = Conversation(words.get(command.value, command.value))
+        return chat.told_system() or "No system prompt"
     if command.name in ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "seed"):
         changed = replace(chat.sampling, **{command.name: command.value})
         if problems := changed.problems():

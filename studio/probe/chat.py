@@ -15,6 +15,7 @@ from studio.runs.job import read_job
 from studio.runs.layout import ADAPTER_CONFIG, RunPaths
 from studio.runs.requests import ExportRequest, MergeRequest
 from studio.runs.store import find_run
+from studio.runs.system_prompt import NO_SYSTEM_PROMPT, read_system_prompt
 
 
 def chat_request(
@@ -104,14 +105,15 @@ def _with_adapter(folder: Path, recipe: Recipe | None, base: str, base_only: boo
 
 
 def _placed(request: ChatRequest, run: RunPaths | None = None) -> ChatRequest:
-    """Return the request with the card on which it computes: for `auto` the run's, if it is visible.
+    """Return the request with the run's system prompt, and the card that computes: for `auto` the run's, if visible.
 
     Raises:
         BadInput: The card cannot be used.
     """
     card = recorded_card(run) if request.device == "auto" else ""
     place = place_of(request.device, run_card=card, setting="--device").or_refuse()
-    return replace(request, environment=place.environment, note=place.note)
+    prompt = read_system_prompt(run) if run else NO_SYSTEM_PROMPT
+    return replace(request, environment=place.environment, note=place.note, trained_with=prompt)
 
 
 def _alone(word: str, device: str, *, revision: str = "", beside: str = "", beside_revision: str = "") -> ChatRequest:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from studio.core.errors import BadInput
 from studio.runs.piped import Loading, NotAnswered, PipedProcess
+from studio.runs.system_prompt import NO_SYSTEM_PROMPT, SystemPrompt
 
 MODULE = "studio.jobs.chat"
 Side = Literal["tuned", "base"]
@@ -34,6 +35,7 @@ class ChatRequest:
         beside_revision: Revision of that model.
         environment: What is added to the process's environment, so that it computes on the chosen card.
         note: What the user should know about the card.
+        trained_with: The system prompt that the rows of the training began with; an empty one where none is known.
     """
 
     base: str
@@ -52,6 +54,7 @@ class ChatRequest:
     beside_revision: str = ""
     environment: dict[str, str] = field(default_factory=dict)
     note: str = ""
+    trained_with: SystemPrompt = NO_SYSTEM_PROMPT
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +145,17 @@ class Conversation:
     def clear(self) -> None:
         """Forget all."""
         self.turns.clear()
+
+
+def told_system(trained_with: SystemPrompt, system: str) -> str:
+    """Return in a sentence which system prompt a chat has, and where that differs from its training; empty for none."""
+    if system == trained_with.text and system:
+        return f"System prompt, as in {trained_with.rows} of {trained_with.of} rows of the training: {system}"
+    own = f"System prompt: {system}" if system else "No system prompt"
+    if trained_with.text:
+        known = f"{trained_with.rows} of {trained_with.of} rows of the training had: {trained_with.text}"
+        return f"{own}; {known}"
+    return own if system else ""
 
 
 class ChatProcess(PipedProcess[ChatEvent]):

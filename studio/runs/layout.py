@@ -94,6 +94,11 @@ class RunPaths:
         return self.root / "held_out.json"
 
     @property
+    def system_prompt(self) -> Path:
+        """The system prompt that most rows begin with; written by the training job, read by chats."""
+        return self.root / "system_prompt.json"
+
+    @property
     def template(self) -> Path:
         """The chat template that the recipe named at the run's first start; written by the training job."""
         return self.root / "template.jinja"
@@ -167,6 +172,7 @@ class RunPaths:
 _ANY = RunPaths(Path())
 _READ = {path.name for path in (_ANY.recipe, _ANY.events, _ANY.plan, _ANY.output, _ANY.process, _ANY.launch)}
 _READ |= {path.name for path in (_ANY.report, _ANY.next, _ANY.note, _ANY.identity, _ANY.held_out)}
+_READ.add(_ANY.system_prompt.name)
 """The names of the files that are read of a run to list or show it."""
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from studio.commands.chat import read_command
+from studio.runs.layout import RunPaths
+from studio.runs.system_prompt import SystemPrompt, keep_system_prompt
 from tests.cli.conftest import Cli
 
 
@@ -38,6 +40,27 @@ def test_one_question_as_json(cli: Cli, run: str) -> None:
     assert answers["tuned"]["text"].startswith("tuned heard hello after 0")
     assert answers["base"]["reason"] == "stop"
     assert "note: a note" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("rows", "words", "system", "whence", "told"),
+    [
+        (40, (), "Answer in one word.", "training", "as in 40 of 60 rows of the training: Answer in one word."),
+        (40, ("--system", ""), "", "none", "No system prompt; 40 of 60 rows of the training had: Answer in one"),
+        (40, ("--system", "Rhyme."), "Rhyme.", "given", "System prompt: Rhyme.; 40 of 60 rows of the training had"),
+        (20, (), "", "none", "No system prompt; 20 of 60 rows of the training had"),
+        (0, (), "", "none", ""),
+    ],
+)
+def test_the_system_prompt_of_the_training_is_used_and_told(
+    cli: Cli, run: str, home: Path, rows: int, words: tuple[str, ...], system: str, whence: str, told: str
+) -> None:
+    if rows:
+        keep_system_prompt(RunPaths(home / "runs" / run), SystemPrompt("Answer in one word.", rows, 60))
+    outcome = cli("chat", run, "--prompt", "hello", "--json", *words)
+    assert (outcome.document["system"], outcome.document["system_from"]) == (system, whence)
+    assert f"after {1 if system else 0}" in outcome.document["answers"]["tuned"]["text"], "the model is told it"
+    assert told in outcome.err if told else "system prompt" not in outcome.err.lower()
 
 
 def test_what_a_model_writes_cannot_steer_the_terminal(cli: Cli, run: str) -> None:
@@ -112,9 +135,11 @@ def test_a_run_without_an_adapter_is_named(cli: Cli, run: str, home: Path) -> No
         ("/max 20", "max_new_tokens", 20),
         ("/top-k x", "help", 0),
         ("/what", "help", 0),
+        ("/system", "system", ""),
+        ("/system Be brief. ", "system", "Be brief."),
     ],
 )
-def test_commands(line: str, name: str, value: float) -> None:
+def test_commands(line: str, name: str, value: float | str) -> None:
     command = read_command(line)
     assert command is not None
     assert (command.name, command.value) == (name, value)

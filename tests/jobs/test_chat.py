@@ -1,5 +1,6 @@
 """The chat's model side: the right template, the right end, base and tuned from one loaded base."""
 
+import json
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from studio.runs.chat import (
     TurnDone,
 )
 from studio.runs.piped import Loading, NotAnswered, event_in, event_line
+from studio.runs.system_prompt import SystemPrompt
 from tests.fakes.tiny_model import make_tiny_model, tiny_tokenizer
 from tests.jobs.conftest import Merge, Train
 from tests.jobs.merge_cases import ATTENTION, make_adapter, make_base
@@ -90,8 +92,16 @@ def test_a_trained_answer_ends_at_the_stop_token(recipe: Recipe, train: Train) -
     assert _answer(session, "base", [{"role": "user", "content": "three"}])[0] != "tres"
 
 
-def test_a_run_does_not_answer_on_another_base(recipe: Recipe, train: Train, tmp_path: Path) -> None:
+def test_a_run_knows_its_system_prompt_and_does_not_answer_on_another_base(
+    recipe: Recipe, train: Train, data: Path, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    for row in rows[:4]:
+        row["messages"].insert(0, {"role": "system", "content": "Translate."})
+    data.write_text("\n".join(map(json.dumps, rows)))
     run = train(recipe.with_("train.steps", 1))
+    assert request_of_run(run).trained_with == SystemPrompt("Translate.", 4, 6)
+    assert chat_request(str(run.adapter), tmp_path).trained_with.usual == "Translate."
     other = make_tiny_model(tmp_path / "other", seed=7)
     with pytest.raises(BadInput, match=r"is not the base that this adapter was trained on: .* other numbers"):
         _load(request_of_run(run, base=str(other)))

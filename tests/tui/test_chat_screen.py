@@ -13,6 +13,7 @@ from textual.widgets import Input
 from studio.core.recipe import Recipe
 from studio.runs.chat import ChatProcess, ChatRequest
 from studio.runs.layout import RunPaths
+from studio.runs.system_prompt import SystemPrompt, keep_system_prompt
 from studio.tui.app import StudioApp
 from studio.tui.screens.chat import ChatScreen, Column
 from tests.fakes.runs import CHECKOUT
@@ -60,6 +61,7 @@ async def until(pilot: Pilot[None], condition: Callable[[], object]) -> None:
 @BOTH
 def test_two_answers_side_by_side(run: RunPaths, tmp_path: Path, size: tuple[int, int]) -> None:
     processes = _Processes()
+    keep_system_prompt(run, SystemPrompt("Answer at once.", 57, 60))
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await app.push_screen(ChatScreen(run, services=given(chat=processes.chat)))
@@ -69,6 +71,7 @@ def test_two_answers_side_by_side(run: RunPaths, tmp_path: Path, size: tuple[int
         assert "temperature 0 (the likeliest token)" in shown(app), "nothing of it is cut off"
         await until(pilot, lambda: "^r With base" in shown(app))  # the footer follows a moment later
         assert "Stop answer" not in shown(app), "there is none"
+        assert "as in 57 of 60 rows of the training: Answer at once." in shown(app)
         await pilot.press(*"hello", "enter")
         await until(pilot, lambda: shown(app).count("4 tokens") == 2)
         text = shown(app)
@@ -78,7 +81,12 @@ def test_two_answers_side_by_side(run: RunPaths, tmp_path: Path, size: tuple[int
         assert columns["side-base"].right <= columns["side-tuned"].x
         assert_harmless(app)
         await pilot.press(*"again", "enter")
-        await until(pilot, lambda: "after 2" in " ".join(shown(app).split()))
+        await until(pilot, lambda: "after 3" in " ".join(shown(app).split()))
+        await until(pilot, lambda: "^o System prompt" in shown(app))
+        await pilot.press("ctrl+o")
+        await until(pilot, lambda: "No system prompt; 57 of 60 rows" in shown(app) and "without the" in shown(app))
+        await pilot.press(*"new", "enter")
+        await until(pilot, lambda: "heard new after 0" in " ".join(shown(app).split()))
         await pilot.press("ctrl+n")
         await until(pilot, lambda: "hello" not in shown(app))
         await pilot.press("ctrl+t")

@@ -4,7 +4,7 @@ The user is warned of whatever is unusual in it.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,7 +29,10 @@ from studio.probe.held_out import hold_out
 from studio.probe.named_template import template_of
 from studio.runs.atomic import write_whole
 from studio.runs.held_out import HeldOutRecord, keep_record, read_record
+from studio.runs.system_prompt import commonest, keep_system_prompt
 from studio.runs.worker import Worker
+
+_MOST_LOOKED_AT = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,8 @@ def read_rows(
         warn(note)
     identify(train_rows, held)
     _keep(worker, parts.record)
+    if not worker.paths.system_prompt.exists():
+        keep_system_prompt(worker.paths, commonest(_system_prompts(train_rows)))
     if data.format != "text":
         use_template(tokenizer, chosen, warn)
         ensure_template(tokenizer, data.format, warn)
@@ -127,6 +132,14 @@ def read_rows(
         return Rows(examples, encoded(held) if held else [], prompts, +left_out)
     except JobFailed as error:
         raise JobFailed(error.kind, f"Of the rows that are held out: {error}", error.advice) from error
+
+
+def _system_prompts(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield what each of at most a thousand rows, spread over all, has as its system prompt; empty for none."""
+    looked_at = min(len(rows), _MOST_LOOKED_AT)
+    for place in range(looked_at):
+        turns = rows[place * len(rows) // looked_at].turns
+        yield turns[0].content if turns and turns[0].role == "system" else ""
 
 
 def _template(worker: Worker, recipe: Recipe) -> NamedTemplate | None:

@@ -15,15 +15,27 @@ from textual.widgets import Input, Static
 from studio.core.errors import StudioError
 from studio.core.text import plain
 from studio.probe.chat import request_of_run
-from studio.runs.chat import Answered, ChatEvent, ChatProcess, Conversation, Piece, Ready, Sampling, TurnDone
+from studio.runs.chat import (
+    Answered,
+    ChatEvent,
+    ChatProcess,
+    Conversation,
+    Piece,
+    Ready,
+    Sampling,
+    TurnDone,
+    told_system,
+)
 from studio.runs.layout import RunPaths
 from studio.runs.piped import Loading, NotAnswered
+from studio.runs.system_prompt import NO_SYSTEM_PROMPT, SystemPrompt
 from studio.tui.services import Services
 from widgets.key_footer import KeyFooter
 
 _TITLES = {"base": "base", "tuned": "tuned"}
 _STEPS = (0.0, 0.3, 0.7, 1.0)
 _LONGEST = 20_000
+_LONGEST_TOLD = 300
 _LOADING = "The model is loading; a question can be typed already"
 
 
@@ -66,6 +78,12 @@ class Column(VerticalScroll):
         self._show()
         return answer.strip()
 
+    def divide(self, how: str) -> None:
+        """Draw a line below what was said, where a new conversation begins with or without the system prompt."""
+        if self._said:
+            self._said.append(("", "", f"─── {how} the system prompt, from the beginning ───"))
+            self._show()
+
     def clear(self) -> None:
         """Remove all questions and answers."""
         self._said.clear()
@@ -74,7 +92,9 @@ class Column(VerticalScroll):
     def _show(self) -> None:
         lines: list[str | tuple[str, str]] = []
         for question, answer, end in self._said:
-            lines += [(f"{plain(question)}\n", "bold"), f"{plain(answer)}\n", (f"{end}\n\n", "$text-muted")]
+            if question:
+                lines += [(f"{plain(question)}\n", "bold"), f"{plain(answer)}\n"]
+            lines.append((f"{end}\n\n", "$text-muted"))
         self.query_one(Static).update(Content.assemble(*lines))
         self.scroll_end(animate=False)
 
@@ -87,6 +107,7 @@ class ChatScreen(Screen[None]):
         Binding("ctrl+n", "forget", "New", priority=True),
         Binding("ctrl+t", "warmer", "Temperature", priority=True),
         Binding("ctrl+r", "turn_base", "With base", priority=True),
+        Binding("ctrl+o", "turn_system", "System prompt", priority=True),
         Binding("escape", "leave", "Back"),
     ]
     """No key is a prefix of tmux (ctrl+b) or screen (ctrl+a), or stops a terminal's output (ctrl+s) or resumes it
@@ -95,6 +116,7 @@ class ChatScreen(Screen[None]):
     DEFAULT_CSS = """
     ChatScreen {
         & #chat-head { height: 1; padding: 0 1; background: $panel; text-wrap: nowrap; text-overflow: ellipsis; }
+        & #chat-system { height: auto; max-height: 2; padding: 0 1; color: $text-muted; }
         & #columns { height: 1fr; }
         & Column.-hidden { display: none; }
         & #chat-notes { height: auto; max-height: 6; padding: 0 1; color: $text-warning; }
@@ -110,12 +132,20 @@ class ChatScreen(Screen[None]):
             super().__init__()
             self.event = event
 
+    class Asks(Message):
+        """It is known which model is asked, and what its training's rows began with."""
+
+        def __init__(self, trained_with: SystemPrompt) -> None:
+            """Carry the system prompt of the training."""
+            super().__init__()
+            self.trained_with = trained_with
+
     def __init__(self, paths: RunPaths, *, services: Services) -> None:
         """Chat with what a run made."""
         super().__init__()
         self._paths, self._services = paths, services
         self._process: ChatProcess | None = None
-        self._said, self._sampling = Conversation(), Sampling()
+        self._said, self._sampling, self._trained_with = Conversation(), Sampling(), NO_SYSTEM_PROMPT
         self._sides: tuple[str, ...] = ()
         self._question = ""
         self._sends_when_ready = False
@@ -125,6 +155,7 @@ class ChatScreen(Screen[None]):
     def compose(self) -> ComposeResult:
         """Make the parts: head, columns, notes, question, keys."""
         yield Static("", id="chat-head", markup=False)
+        yield Static("", id="chat-system", markup=False)
         with Vertical():
             with Horizontal(id="columns"):
                 yield Column("base")
@@ -144,6 +175,12 @@ class ChatScreen(Screen[None]):
         self._closed = True
         if self._process is not None:
             self._process.close()
+
+    def on_chat_screen_asks(self, message: Asks) -> None:
+        """Begin with the system prompt of the training."""
+        self._trained_with = message.trained_with
+        self._said.system = message.trained_with.usual
+        self._show_system()
 
     def on_chat_screen_heard(self, message: Heard) -> None:
         """Show what the model's process said."""
@@ -200,6 +237,8 @@ class ChatScreen(Screen[None]):
             return self._busy and bool(self._sides) and not self._ended
         if action in ("forget", "turn_base") and (self._busy or self._ended):
             return False
+        if action == "turn_system":
+            return bool(self._trained_with.text) and not self._busy and not self._ended
         return len(self._sides) > 1 if action == "turn_base" else True
 
     def action_stop(self) -> None:
@@ -226,6 +265,13 @@ class ChatScreen(Screen[None]):
             self._with_base = not self._with_base
             self._show_columns()
             self._show_head()
+
+    def action_turn_system(self) -> None:
+        """Begin a new conversation without the system prompt of the training, or with it again."""
+        self._said = Conversation("" if self._said.system else self._trained_with.text)
+        for column in self.query(Column):
+            column.divide("with" if self._said.system else "without")
+        self._show_system()
 
     def action_leave(self) -> None:
         """End the chat."""
@@ -276,6 +322,11 @@ class ChatScreen(Screen[None]):
         words = Content.assemble(("Try it", "bold"), f"  {state}", waits, f"  {how}  ", (name, "bold"))
         self.query_one("#chat-head", Static).update(words)
 
+    def _show_system(self) -> None:
+        told = plain(told_system(self._trained_with, self._said.system), one_line=True, limit=_LONGEST_TOLD)
+        self.query_one("#chat-system", Static).update(Content(told))
+        self.refresh_bindings()
+
     def _note(self, words: str) -> None:
         self.query_one("#chat-notes", Static).update(Content(plain(words.strip())))
 
@@ -283,7 +334,9 @@ class ChatScreen(Screen[None]):
     def _talk(self) -> None:
         """Start the process and pass on what it says, until the screen is left."""
         try:
-            process = self._services.chat(request_of_run(self._paths))
+            request = request_of_run(self._paths)
+            self.post_message(self.Asks(request.trained_with))
+            process = self._services.chat(request)
         except StudioError as error:
             self.post_message(self.Heard(NotAnswered(str(error))))
             return
