@@ -33,10 +33,14 @@ VERBS = {
     "gpus": "the NVIDIA cards of this machine",
     "models": "the base models on this machine, and what is known of one",
     "recipes": "the recipes that come with the program",
+    "import": "a recipe from an axolotl, LLaMA-Factory, TRL or Unsloth file",
     "setup": "the guided set-up: machine, model, data, goal, recipe",
     "serve": "the studio in a browser of this machine",
 }
-_MODULES = {verb: f"studio.commands.{verb}" for verb in VERBS} | {"": "studio.commands.open_studio"}
+_MODULES = {verb: f"studio.commands.{verb}" for verb in VERBS} | {
+    "": "studio.commands.open_studio",
+    "import": "studio.commands.import_config",  # a word of Python's own
+}
 _NAMES = {
     "recipe": "RECIPE",
     "recipe_word": "RECIPE",

@@ -1,7 +1,7 @@
 """Recipes as files: read with all problems named, written so that a person can read and diff them."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,11 +70,16 @@ def _resolved(word: Any, folders: Iterable[Path]) -> Any:
     return found
 
 
-def dump_recipe(recipe: Recipe) -> str:
-    """Return the recipe as TOML, every field written out, tables in the order of the fields."""
+def dump_recipe(recipe: Recipe, only: Container[str] | None = None) -> str:
+    """Return the recipe as TOML, tables in the order of the fields.
+
+    Args:
+        recipe: The recipe.
+        only: The fields that are written; None writes all.
+    """
     import tomlkit  # noqa: PLC0415  7 ms that reading does not need
 
-    tables = recipe.to_dict()
+    tables = recipe.to_dict() if only is None else _without_others(recipe.to_dict(), only)
     for fields in tables.values():
         for name, value in fields.items() if isinstance(fields, dict) else ():
             if isinstance(value, dict):
@@ -84,6 +89,16 @@ def dump_recipe(recipe: Recipe) -> str:
                 fields[name] = tomlkit.array().multiline(True)
                 fields[name].extend(map(_inline, value))
     return tomlkit.dumps(tables)
+
+
+def _without_others(tables: dict[str, Any], only: Container[str]) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for name, value in tables.items():
+        if not isinstance(value, dict):
+            kept |= {name: value} if name in only else {}
+        elif inner := {field: one for field, one in value.items() if f"{name}.{field}" in only}:
+            kept[name] = inner
+    return kept
 
 
 def _inline(table: dict[str, Any]) -> Any:

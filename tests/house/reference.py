@@ -238,6 +238,9 @@ def _printed(folder: Path) -> Iterator[tuple[str, list[list[str]]]]:
     yield "fit", [["fit", _SHIPPED, "--gpu", "RTX 4070", "--json"], ["fit", _SHIPPED, "--vram-gib", "4", "--json"]]
     yield "data check", [["data", "check", str(good), "--json"], ["data", "check", str(bad), "--json"]]
     yield "models check", [["models", "check", str(model), "--json"]]
+    theirs = folder / "theirs.yml"
+    theirs.write_text("base_model: owner/model\nadapter: lora\ndatasets: [{path: rows.jsonl}]\nlogging_steps: 1\n")
+    yield "import", [["import", str(theirs), "--json"], ["import", str(theirs), "--out", "mine.toml", "--json"]]
     yield "recipes", [["recipes", "--json"]]
     yield "recipes --fields", [["recipes", "--fields", "--json"]]
     yield "doctor", [["doctor", "--json"]]
