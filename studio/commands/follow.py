@@ -32,7 +32,7 @@ from studio.runs.failure import BAD_INPUT as FOUND_BAD_INPUT
 from studio.runs.history import History
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status, run_status
-from studio.runs.summary import figures_of, summary_of
+from studio.runs.summary import command_of, figures_of, summary_of
 from studio.runs.supervise import how_it_ended
 from studio.runs.watch import RunWatch, last_output
 
@@ -269,6 +269,8 @@ def tell_success(watch: RunWatch, summary: dict[str, Any], to: TextIO) -> None:
     say(f"{summary['status']}{steps} in {duration(summary['seconds'])}{_losses(summary)}", to=to)
     if summary["gain"]:
         say(summary["gain"]["words"], to=to)
+    for line in next_lines(watch.paths, summary):
+        say(line, to=to)
     if told := left_out_in_words(summary["left_out"]):
         say(f"rows: {plain(told, one_line=True, limit=400)}", to=to)
     if summary["out"]:
@@ -280,6 +282,15 @@ def tell_success(watch: RunWatch, summary: dict[str, Any], to: TextIO) -> None:
         say(f"adapter: {plain(summary['adapter'], one_line=True)}", to=to)
     elif summary["job"] == "train":
         say("no adapter was saved", to=to)
+
+
+def next_lines(paths: RunPaths, summary: Mapping[str, Any]) -> list[str]:
+    """Return what to try after a run that did not beat its base, and the command for it; nothing for others."""
+    if not summary["next"]:
+        return []
+    lines = [f"  - {plain(tried['words'], one_line=True, limit=400)}" for tried in summary["next"]]
+    command = command_of(paths, summary["next"])
+    return ["what to try next:", *lines, *([f"  {plain(command, one_line=True)}"] if command else [])]
 
 
 def tell_failure(paths: RunPaths, summary: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from studio.runs.job import job_table, read_job
 from studio.runs.layout import RunPaths
 from studio.runs.status import run_status
 from studio.runs.store import find_run
-from studio.runs.summary import differing_fields, figures_of, folder_bytes, summary_of
+from studio.runs.summary import command_of, differing_fields, figures_of, folder_bytes, summary_of
 from studio.runs.watch import read_history
 
 
@@ -40,6 +40,10 @@ def show(args: argparse.Namespace) -> int:
         return DONE
     for key, text in _facts(summary).items():
         say(f"{key:<10} {text}")
+    for tried in summary["next"]:
+        say(f"{'try next':<10} {plain(tried['words'], one_line=True, limit=400)}")
+    if command := command_of(paths, summary["next"]):
+        say(f"{'with':<10} {plain(command, one_line=True)}")
     for name, size_bytes in _files(paths).items():
         say(f"{'file':<10} {name} ({size(size_bytes)})")
     for message in summary["warnings"]:

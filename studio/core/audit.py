@@ -288,6 +288,16 @@ def advise_run(
     return Advice(best, f"Use {best}.", reason, certainty)
 
 
+def beat_its_base(alone: Figures, answers: int | None = None) -> bool | None:
+    """Return whether a trained model beat its base on the held-out rows; None where there is too little to tell.
+
+    Args:
+        alone: Figures of the base alone, compared with the trained model.
+        answers: How many different answers the rows have; None where that is not known.
+    """
+    return None if too_little(alone.rows, alone.tokens, answers) else seen_sign(alone.more) > 0
+
+
 def apart(one: Interval, other: Interval) -> bool:
     """Return whether two intervals do not touch."""
     ends = (one.low, one.high, other.low, other.high)

@@ -52,9 +52,10 @@ def tokens_of(report: Mapping[str, Any]) -> dict[str, int]:
 
 
 def advice_lines(report: Mapping[str, Any]) -> list[str]:
-    """Return what the report advises, why, and how sure that is."""
+    """Return what the report advises, why, how sure that is, and what to try after a run that did not beat its base."""
     advice = report["recommendation"]
-    return [advice["sentence"], f"Why: {advice['reason']}", f"Rests on {advice['certainty']}."]
+    lines = [advice["sentence"], f"Why: {advice['reason']}", f"Rests on {advice['certainty']}."]
+    return lines + [f"Try next: {plain(one['words'], one_line=True)}." for one in report.get("next") or ()]
 
 
 def tables_of(report: Mapping[str, Any]) -> list[tuple[str, Table]]:

@@ -1,15 +1,22 @@
 """A run in a few plain values: the same for `--json`, for comparisons and for what is said at its end."""
 
 import math
-from collections.abc import Sequence
+import shlex
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from studio.core.advice import Learnt, Try, next_tries
+from studio.core.errors import BadInput
 from studio.core.events import PAIR_FIGURES, Evaluated, StepDone
 from studio.core.evidence import LEAST_TOKENS, gain_in_words
 from studio.core.intervals import Interval
 from studio.core.recipe import FIELDS, Recipe
+from studio.runs.atomic import read_object
 from studio.runs.history import History
+from studio.runs.job import read_job
 from studio.runs.last_words import CRASHED, crash_of, printed_since_launch
 from studio.runs.layout import RunPaths
 from studio.runs.scratch import left_by
@@ -17,12 +24,14 @@ from studio.runs.status import Status
 
 _RESUME = "runs resume RUN"
 """How a job, which does not know its run's name, advises to resume it."""
+_LAST_STEPS = 3
+"""Steps over which the last training loss is taken: the rows of one step may be easy ones."""
 _UNSAID = "the worker's process ended without saying why"
 
 
 def summary_of(paths: RunPaths, history: History, status: Status) -> dict[str, Any]:
     """Return the outcome of a run, ready for JSON. A number that is unknown or not finite is null."""
-    started, finished = history.started, history.finished
+    started, finished, gain = history.started, history.finished, gain_of(history)
     return {
         "run": paths.name,
         "path": str(paths.root),
@@ -39,7 +48,10 @@ def summary_of(paths: RunPaths, history: History, status: Status) -> dict[str, A
         "total_steps": history.total_steps,
         "train_loss": _ends(list(history.train.losses[:1]) + list(history.train.losses[-1:])),
         "eval_loss": _eval_ends(history),
-        "gain": gain_of(history),
+        "gain": gain,
+        "next": []
+        if status.live or gain is None
+        else [one.told() for one in tries_of(paths, history, gain["improved"])],
         "objective": history.objective if started and started.job == "train" else None,
         "pairs": pairs_of(history),
         "tokens": sum(history.train.tokens),
@@ -126,6 +138,56 @@ def gain_of(history: History) -> dict[str, Any] | None:
     tokens = last.loss_tokens if last.margin is None else max(last.loss_tokens, LEAST_TOKENS)
     improved, words = gain_in_words(more, last.rows, tokens)
     return {"improved": improved, "value": more.value, "low": more.low, "high": more.high, "words": words}
+
+
+def tries_of(paths: RunPaths, history: History, improved: bool | None) -> tuple[Try, ...]:
+    """Return what to try after a training that has ended, the most promising first; nothing where it beat its base.
+
+    Args:
+        paths: The run.
+        history: What it told.
+        improved: Whether it beat its base on rows that it did not learn from; None where that cannot be told.
+    """
+    try:
+        recipe = read_job(paths, Recipe)
+    except BadInput:
+        return ()
+    planned = history.planned
+    if recipe is None or planned is None:
+        return ()
+    losses = [loss for loss in history.train.losses if math.isfinite(loss)]
+    last = history.evals[-1] if history.evals else None
+    learnt = Learnt(
+        steps=history.last_step,
+        planned=planned.total_steps,
+        rows=planned.rows,
+        held_out_rows=planned.held_out_rows,
+        gain=_interval(last.gain) if last else None,
+        held_out=[(event.step, event.loss) for event in history.evals],
+        training=(losses[0], statistics.fmean(losses[-_LAST_STEPS:])) if losses else None,
+        model=_model_of(paths),
+    )
+    named = (replace(one, words=one.words.replace(_RESUME, f"runs resume {paths.name}"))
+             for one in next_tries(recipe, learnt, improved))  # fmt: skip
+    return tuple(named)
+
+
+def _model_of(paths: RunPaths) -> tuple[int, int] | None:
+    """Return parameters and width of a run's base, as its plan holds them; None where it does not."""
+    model = read_object(paths.plan).get("model")
+    parameters, hidden = (model.get("parameters"), model.get("hidden")) if isinstance(model, dict) else (None, None)
+    if type(parameters) is int and type(hidden) is int and parameters > 0 and hidden > 0:
+        return parameters, hidden
+    return None
+
+
+def command_of(paths: RunPaths, tries: Sequence[Mapping[str, Any]]) -> str:
+    """Return the command that trains again with what is to be tried; empty where no field says it."""
+    settings = {path: value for tried in tries for path, value in tried["settings"].items()}
+    if not settings:
+        return ""
+    changed = " ".join(f"--set {path}={value:g}" for path, value in settings.items())
+    return f"lora-studio train {shlex.quote(str(paths.recipe))} {changed}"
 
 
 def pairs_of(history: History) -> dict[str, dict[str, float | None]] | None:

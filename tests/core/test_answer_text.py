@@ -1,7 +1,7 @@
 """Answers and the other parts of a run's report as tables and words, whatever stands in prompts and answers."""
 
 from studio.core.audit_tables import answer_table, use_table, variant_table
-from studio.core.audit_text import answer_lines, markdown_of, note_lines, shown_answers, tables_of
+from studio.core.audit_text import advice_lines, answer_lines, markdown_of, note_lines, shown_answers, tables_of
 from tests.fakes.audit_job import answers_report, base_report, run_report
 
 NASTY = "a\x1b[2J\n# head\n| cell |\n```\n[bold]"
@@ -23,6 +23,12 @@ def test_words_say_which_differences_are_seen() -> None:
     assert "merged, 16-bit gave no answers: needs about 30.0 GB of memory." in lines
     assert "tuned, nf4+dq is the model as it was trained" in lines
     assert "exact match: equal." in lines
+
+
+def test_what_to_try_next_follows_the_advice() -> None:
+    assert not any("Try next" in line for line in advice_lines(run_report()))
+    tried = [{"words": "raise the learning rate\x1b[2J", "settings": {}}]
+    assert advice_lines(run_report() | {"next": tried})[3:] == ["Try next: raise the learning rate\\x1b[2J."]
 
 
 def test_another_form_is_the_reference_where_the_trained_model_gave_no_answers() -> None:

@@ -11,6 +11,7 @@ from studio.core.audit import (
     advise_base,
     advise_race,
     advise_run,
+    beat_its_base,
     best_plan,
     figures_of,
     forgetting_of,
@@ -154,6 +155,8 @@ def test_no_effect_and_harm_are_said() -> None:
     unsure = {"trained": found(), "alone": found(scatter=0.5, kl=0.5)}
     advice = advise_run(unsure, trained="trained", without="alone", choices=["trained"])
     assert "not certain" in advice.certainty
+    judged = [beat_its_base(one["alone"]) for one in (measured(), harm, unsure)]
+    assert judged == [True, False, False] and beat_its_base(measured()["alone"], answers=1) is None
 
 
 def test_cells() -> None:

@@ -33,6 +33,7 @@ _TYPES = {bool: "true or false", int: "integer", float: "number", str: "text", t
 _TOLD = {
     "recipe": "object: a recipe, [its fields](fields.md) by section",
     "changes[].settings": "object: fields of the recipe by path",
+    "next[].settings": "object: fields of the recipe by path",
     "plan": "object: as `plan --json` prints it",
     "counts": "object: kinds of findings, and how many there are",
     "files": "object: names of files, and their bytes",

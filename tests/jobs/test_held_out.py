@@ -276,8 +276,14 @@ def test_a_run_says_whether_it_beat_its_base(
     turned = recipe.with_("data.path", str(learnt)).with_("data.eval_path", str(held)).with_("train.steps", steps)
     run = train(turned.with_("eval.rows", 20).with_("train.learning_rate", rate))
     history = history_of(run)
-    gain = summary_of(run, history, run_status(run))["gain"]
+    summary = summary_of(run, history, run_status(run))
+    gain = summary["gain"]
     assert gain["improved"] is improved and gain["words"].startswith(words), gain
+    # What does not beat its base says what to try, as a recipe that can be trained.
+    assert bool(summary["next"]) is not improved
+    assert all(
+        not recipe.with_(path, value).problems() for one in summary["next"] for path, value in one["settings"].items()
+    )
     first, last = history.evals[0], history.evals[-1]
     assert gain["value"] == pytest.approx(last.loss - first.loss, abs=1e-6)
     assert gain["low"] <= gain["value"] <= gain["high"]
@@ -286,7 +292,9 @@ def test_a_run_says_whether_it_beat_its_base(
 
 def test_a_run_on_few_rows_says_that_it_cannot_tell(recipe: Recipe, train: Train) -> None:
     few, none = train(recipe), train(recipe.with_("eval.rows", 0))
-    gains = [summary_of(run, history_of(run), run_status(run))["gain"] for run in (few, none)]
+    summaries = [summary_of(run, history_of(run), run_status(run)) for run in (few, none)]
+    gains = [summary["gain"] for summary in summaries]
+    assert all("find more rows: 15 rows" in summary["next"][0]["words"] for summary in summaries)
     assert [gain["improved"] for gain in gains] == [None, None]
     assert "6 rows are too few" in gains[0]["words"]
     assert "no held-out loss was measured" in gains[1]["words"]

@@ -1,5 +1,6 @@
 """What a run's screen says of its end and of pages that stay empty: once, and no more than is known."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,25 @@ def test_another_job_that_was_stopped_is_not_called_done(tmp_path: Path, outcome
     history = History()
     history.fold([Started(at=1.0, job="merge"), Finished(at=2.0, outcome=outcome)])
     assert outcome_text(make_run(tmp_path), history, Status.stopped).plain.startswith(word)
+
+
+def test_a_run_that_taught_nothing_says_what_to_try_next(tmp_path: Path) -> None:
+    paths = make_run(tmp_path)
+    history = History()
+    started, finished = Started(at=1.0, job="train"), Finished(at=9.0, outcome="done", step=4)
+    planned = Planned(
+        at=1.0, total_steps=4, trainable_parameters=1, rows=45, held_out_rows=15, device="cpu", dtype="fp32",
+        loss_path="chunked",
+    )  # fmt: skip
+    step = StepDone(at=3.0, step=4, loss=2.0, learning_rate=1e-4, grad_norm=1.0, tokens=9, seconds=1.0)
+    gain = {"value": -0.001, "low": -0.02, "high": 0.018}
+    ends = [
+        Evaluated(at=2.0, step=at, loss=2.0, loss_tokens=300, rows=15, seconds=1.0, gain=gain if at else None)
+        for at in (0, 4)
+    ]
+    history.fold([started, planned, ends[0], step, ends[1], finished])
+    told = outcome_text(paths, history, Status.finished).plain
+    assert "did not improve beyond noise" in told and "\nTry next: raise the learning rate from " in told
+    better = replace(ends[1], gain={"value": -0.5, "low": -0.6, "high": -0.4})
+    history.fold([better])
+    assert "Try next" not in outcome_text(paths, history, Status.finished).plain

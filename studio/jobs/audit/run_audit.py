@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from studio.core.audit import advise_run, forgetting_of
+from studio.core.audit import advise_run, beat_its_base, forgetting_of
 from studio.core.errors import BadInput, StudioError
 from studio.core.events import Phase, Warned
 from studio.core.text import plain
@@ -39,6 +39,8 @@ from studio.probe.fingerprint import refuse_another_base, short_fingerprint
 from studio.probe.models import find_base
 from studio.runs.layout import ADAPTER_WEIGHTS, RunPaths
 from studio.runs.requests import AuditRequest
+from studio.runs.summary import tries_of
+from studio.runs.watch import read_history
 from studio.runs.worker import Worker
 
 _MERGED_OTHER = "given: "
@@ -126,6 +128,7 @@ def audit_forms(worker: Worker, request: AuditRequest) -> dict[str, Any]:
     shown = [report.walked(one, speeds) for one in named]
     shown += [report.gguf(name, file, gguf, gguf.speed(name, prompt)) for name, file in gguf.files.items()]
     advice = advise_run(found.task, trained=TRAINED, without=ALONE, choices=handiest(shown), answers=rows.answers)
+    beat = beat_its_base(found.task[ALONE], rows.answers)
     return {
         "schema": 1,
         "what": "run",
@@ -142,6 +145,7 @@ def audit_forms(worker: Worker, request: AuditRequest) -> dict[str, Any]:
         "forgetting": asdict(forgetting_of(found.neutral[ALONE], found.neutral[TRAINED])),
         "blocks": blocks,
         "recommendation": asdict(advice),
+        "next": [one.told() for one in tries_of(trained, read_history(trained), beat)],
         "proof_gap": gap,
         "cost": cost.told(began),
     }

@@ -9,7 +9,7 @@ from studio.runs.history import History
 from studio.runs.last_words import crash_of
 from studio.runs.layout import ADAPTER_CONFIG, RunPaths
 from studio.runs.status import Status
-from studio.runs.summary import gain_of
+from studio.runs.summary import gain_of, tries_of
 from studio.runs.supervise import how_it_ended
 from studio.runs.watch import last_output
 from studio.tui.feed import harmless
@@ -19,6 +19,7 @@ TRAIN = "train"
 """The kind of job that ends with an adapter. Of others, such as merges, the box says what they saved."""
 
 _LAST_LINES = 4
+_INDENT = " " * len("Try next: ")
 
 
 class Outcome(Static):
@@ -115,10 +116,12 @@ def _ended(paths: RunPaths, history: History, finished: Finished | None) -> Cont
     else:
         where = "\nNo adapter was saved." if early else ""
     again = "\nR continues where it stopped." if early else ""
+    tries = () if early or gain is None else tries_of(paths, history, gain["improved"])
+    next_words = [f"\n{'Try next: ' if not place else _INDENT}{plain(one.words)}" for place, one in enumerate(tries)]
     steps = f"{history.last_step} step{'' if history.last_step == 1 else 's'}"
     head = f"{'stopped' if early else 'done'} after {steps}{took}"
     learnt = f"\n{gain['words'][:1].upper()}{gain['words'][1:]}." if gain else ""
-    return Content.assemble((head, "bold"), held_out, learnt, where, again)
+    return Content.assemble((head, "bold"), held_out, learnt, *next_words, where, again)
 
 
 def _held_out(history: History, *, told: bool) -> str:
