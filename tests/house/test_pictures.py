@@ -24,7 +24,7 @@ from tests.pictures.looks import LOOKS, cells_of, wear
 from tests.pictures.shots import PAGES, SHOTS, studio_for
 
 _SVG = "{http://www.w3.org/2000/svg}"
-_KINDS_OF_DIALOG = {"Dialog", "OfferingScreen"}
+_KINDS_OF_DIALOG = {"Dialog", "Picker", "OfferingScreen"}
 """Classes that other screens are made of; nobody meets them as they are."""
 
 

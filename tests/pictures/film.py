@@ -1,7 +1,7 @@
 """A short film of the studio in a real terminal: launch, gauge, training, merge. Every process in it is real.
 
-`python -m tests.pictures.film` writes docs/pictures/film.svg. It takes as long as the demo takes; what the film leaves
-out is waiting, and the clock above it says how much time had passed. Needs tmux.
+`python -m tests.pictures.film` writes docs/pictures/film.svg. Trained is the demo's recipe with fewer rows a step and
+fewer steps. What the film leaves out is waiting, and the clock above it says how much time had passed. Needs tmux.
 """
 
 import shutil
@@ -17,6 +17,7 @@ from rich.ansi import AnsiDecoder
 from rich.console import Console
 
 from studio.runs.layout import RunPaths
+from studio.runs.recipe_file import dump_recipe, load_recipe, shipped_recipes
 from studio.runs.supervise import stop
 from tests.pictures.drawn import Frame, Ground, Row, moving, rows_of
 from tests.pictures.home import Home
@@ -30,6 +31,19 @@ _LONGEST_SECONDS = 0.45
 _HELD_SECONDS = 1.6
 _LAST_SECONDS = 4.0
 _TRAINED_SECONDS = 3600.0
+_SMALLER = {
+    "name": "first",
+    "train.micro_batch": 4,
+    "train.accumulation": 1,
+    "train.steps": 16,
+    "train.seq_len": 128,
+    "train.checkpoint_every": 8,
+    "eval.rows": 16,
+    "eval.every": 8,
+    "eval.samples": 1,
+    "eval.sample_tokens": 16,
+}
+"""What makes the demo's recipe short enough to be watched."""
 
 
 @dataclass(slots=True)
@@ -96,7 +110,7 @@ def play(terminal: Terminal, reel: Reel) -> None:
             time.sleep(_HELD_SECONDS)
             reel.held.append(time.monotonic() - _HELD_SECONDS / 2)
 
-    terminal.type("lora-studio --recipe demo")
+    terminal.type("lora-studio --recipe first.toml")
     press(pause=0.5)
     press("Enter", seen=lambda text: "GiB" in text and "Rank" in text, hold=True)
     press("Down", "Down", "Down", "Down", pause=0.25)
@@ -119,6 +133,10 @@ def main(words: Sequence[str]) -> int:
     shutil.rmtree(home.runs, ignore_errors=True)
     home.prepare()
     (home.folder / "setup.json").write_text("{}")
+    recipe = load_recipe(shipped_recipes()["demo"])
+    for path, value in _SMALLER.items():
+        recipe = recipe.with_(path, value)
+    (home.folder / "first.toml").write_text(dump_recipe(recipe), "utf-8")
     terminal = Terminal(COLUMNS, ROWS, home.folder)
     try:
         terminal.type(f"export PATH={Path(sys.executable).parent}:$PATH PS1='$ '; cd {home.folder}; clear", "Enter")

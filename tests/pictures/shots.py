@@ -99,7 +99,14 @@ SHOTS = (
         "configure-memory", "ConfigureScreen", "Where the memory of a recipe goes", (("", "GiB"), ("v", "GiB")), LARGE
     ),
     Shot("cards", "CardScreen", "Choosing a card to plan for", (("", "GiB"), ("g", "4090")), LARGE),
-    Shot("open", "AskLine", "Opening a recipe", (("", "GiB"), ("O", "Open")), LARGE),
+    Shot(
+        "open",
+        "OpenScreen",
+        "Opening a recipe: files, runs and shipped ones",
+        (("", "GiB"), ("O", "Open a recipe"), ("", "rank")),
+        LARGE,
+    ),
+    Shot("save", "AskLine", "Saving a recipe", (("", "GiB"), ("s", "Save the recipe as")), LARGE),
     Shot("help", "HelpScreen", "The keys of a screen, explained", (("", "GiB"), ("question_mark", "Keys")), LARGE),
     Shot("palette", "CommandPalette", "The command palette", (("", "GiB"), ("ctrl+p", "Search")), LARGE),
     Shot(
