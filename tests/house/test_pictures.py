@@ -99,6 +99,7 @@ def test_a_screen_has_the_colours_of_its_look(tmp_path: Path, monkeypatch: pytes
         async with app.run_test(size=(80, 24)) as pilot:
             for look in chosen:
                 await wear(pilot, app, look)
+                app.refresh_css(animate=False)  # at once, however busy the machine is
                 parts = [part for row in cells_of(app, look) for part in row]
                 colours[look.name] = {each for _, style in parts for each in hexadecimal(style, look.ground)}
 

@@ -22,14 +22,16 @@ from studio.tui.app import StudioApp
 from tests.pictures.drawn import still
 from tests.pictures.findings import findings
 from tests.pictures.home import Home
-from tests.pictures.looks import LOOKS, SIZES, Look, cells_of, wear
+from tests.pictures.looks import LOOKS, SIZES, Look, cells_of, patience, wear
 from tests.pictures.shots import PAGES, SHOTS, Shot, studio_for
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "build" / "pictures"
 DOCS = ROOT / "docs" / "pictures"
-_PATIENCE_SECONDS = 120.0
+_PATIENCE_SECONDS = 300.0
 _STEADY_SECONDS = 3.0
+_NAMES = {" ": "space", "-": "minus", "/": "slash"}
+"""What Textual calls the keys of these characters."""
 
 
 async def take(shot: Shot, home: Home, sizes: Sequence[tuple[int, int]], looks: Sequence[Look], out: Path) -> list[str]:
@@ -44,7 +46,8 @@ async def take(shot: Shot, home: Home, sizes: Sequence[tuple[int, int]], looks: 
         for look in looks:
             await wear(pilot, app, look)
             for columns, rows in sizes:
-                await pilot.resize_terminal(columns, rows)
+                with patience():
+                    await pilot.resize_terminal(columns, rows)
                 await steady(pilot, app, look)
                 file = out / f"{columns}x{rows}" / look.name / f"{shot.name}.svg"
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -60,23 +63,24 @@ async def steady(pilot: Pilot[None], app: StudioApp, look: Look) -> None:
     """Wait until the screen stands still; where something moves all the time, for some seconds only."""
     before, end = None, time.monotonic() + _STEADY_SECONDS
     while time.monotonic() < end:
-        await pilot.pause(0.1)
+        with patience():
+            await pilot.pause(0.1)
         if (now := cells_of(app, look)) == before:
             return
         before = now
 
 
 async def _press(pilot: Pilot[None], key: str) -> None:
-    if key.startswith("type:"):
-        await pilot.press(*(("space" if each == " " else each) for each in key.removeprefix("type:")))
-    elif key:
-        await pilot.press(key)
+    keys = key.removeprefix("type:") if key.startswith("type:") else [key] * bool(key)
+    with patience():
+        await pilot.press(*(_NAMES.get(each, each) for each in keys))
 
 
 async def _until(pilot: Pilot[None], app: StudioApp, seen: str, name: str) -> None:
     end = time.monotonic() + _PATIENCE_SECONDS
     while True:
-        await pilot.pause(0.2)
+        with patience():
+            await pilot.pause(0.2)
         text = "\n".join("".join(part for part, _ in row) for row in cells_of(app, LOOKS[0]))
         if seen in text:
             return
