@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partialmethod
 from pathlib import Path
 
 from textual.pilot import Pilot
@@ -22,7 +23,7 @@ from studio.tui.app import StudioApp
 from tests.pictures.drawn import still
 from tests.pictures.findings import findings
 from tests.pictures.home import Home
-from tests.pictures.looks import LOOKS, SIZES, Look, cells_of, patience, wear
+from tests.pictures.looks import LOOKS, SIZES, Look, cells_of, wear
 from tests.pictures.shots import PAGES, SHOTS, Shot, studio_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,8 +47,7 @@ async def take(shot: Shot, home: Home, sizes: Sequence[tuple[int, int]], looks: 
         for look in looks:
             await wear(pilot, app, look)
             for columns, rows in sizes:
-                with patience():
-                    await pilot.resize_terminal(columns, rows)
+                await pilot.resize_terminal(columns, rows)
                 await steady(pilot, app, look)
                 file = out / f"{columns}x{rows}" / look.name / f"{shot.name}.svg"
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -63,8 +63,7 @@ async def steady(pilot: Pilot[None], app: StudioApp, look: Look) -> None:
     """Wait until the screen stands still; where something moves all the time, for some seconds only."""
     before, end = None, time.monotonic() + _STEADY_SECONDS
     while time.monotonic() < end:
-        with patience():
-            await pilot.pause(0.1)
+        await pilot.pause(0.1)
         if (now := cells_of(app, look)) == before:
             return
         before = now
@@ -72,15 +71,13 @@ async def steady(pilot: Pilot[None], app: StudioApp, look: Look) -> None:
 
 async def _press(pilot: Pilot[None], key: str) -> None:
     keys = key.removeprefix("type:") if key.startswith("type:") else [key] * bool(key)
-    with patience():
-        await pilot.press(*(_NAMES.get(each, each) for each in keys))
+    await pilot.press(*(_NAMES.get(each, each) for each in keys))
 
 
 async def _until(pilot: Pilot[None], app: StudioApp, seen: str, name: str) -> None:
     end = time.monotonic() + _PATIENCE_SECONDS
     while True:
-        with patience():
-            await pilot.pause(0.2)
+        await pilot.pause(0.2)
         text = "\n".join("".join(part for part, _ in row) for row in cells_of(app, LOOKS[0]))
         if seen in text:
             return
@@ -120,6 +117,8 @@ def main(words: Sequence[str]) -> int:
     looks = [look for look in LOOKS if not args.look or look.name in args.look]
     home = Home(args.home.absolute())
     home.make()
+    # Textual gives a screen half a minute, which is too short where the machine is busy with other work.
+    Pilot._wait_for_screen = partialmethod(Pilot._wait_for_screen, timeout=_PATIENCE_SECONDS)  # type: ignore[assignment]
     os.environ[HOME_VARIABLE] = str(home.folder)
     os.environ["HF_HUB_OFFLINE"] = "1"  # what the hub says today must not change a picture
     failed, found = [], []

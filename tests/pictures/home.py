@@ -20,7 +20,7 @@ from studio.runs.home import HOME_VARIABLE, cache_root
 from studio.runs.layout import RunPaths
 from studio.runs.watch import read_history
 
-_PATIENCE_SECONDS = 900.0
+_PATIENCE_SECONDS = 3600.0
 _ROLES = "pictured.json"
 _SMALL = ("--batch", "4", "--accumulation", "1", "--set", "eval.rows=16", "--set", "eval.samples=1")
 """What keeps the runs that are ended early from taking longer than the one that is not."""

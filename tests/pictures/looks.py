@@ -1,13 +1,12 @@
 """How a screen can look: the sizes of terminals, and the colours that a person or a terminal asks for."""
 
-from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 
 from rich._palettes import STANDARD_PALETTE
 from rich.color import Color, ColorSystem
 from rich.style import Style
 from textual.filter import Monochrome
-from textual.pilot import Pilot, WaitForScreenTimeout
+from textual.pilot import Pilot
 
 from studio.tui.app import StudioApp
 from studio.tui.themes import COLOUR_BLIND, SIXTEEN
@@ -52,13 +51,7 @@ async def wear(pilot: Pilot[None], app: StudioApp, look: Look) -> None:
         for widget in screen.walk_children():
             widget._styles_cache.clear()
         screen.refresh(layout=True)
-    with patience():
-        await pilot.pause()
-
-
-def patience() -> AbstractContextManager[None]:
-    """On a machine that is busy with other work, go on where Textual has waited half a minute for a screen in vain."""
-    return suppress(WaitForScreenTimeout)
+    await pilot.pause()
 
 
 def cells_of(app: StudioApp, look: Look) -> list[Row]:
