@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from studio.core.advice import QLORA, REGRET, advised_rate
 from studio.core.base_form import refusal
 from studio.core.columns import Pairs
 from studio.core.errors import BadInput
@@ -17,6 +18,7 @@ from studio.core.goals import GOALS, Goal
 from studio.core.gpu_catalogue import GIB, Gpu
 from studio.core.preferences import ADVISED_RATES
 from studio.core.recipe import Method, Recipe, number_of
+from studio.core.schedule import total_steps_of
 from studio.core.shape import ModelShape
 from studio.core.text import plain
 from studio.core.trainable import check_adapted
@@ -27,8 +29,6 @@ from studio.core.vram.setup import setup_of
 ROWS_PER_STEP = 16
 """Rows of a step. Above 32, LoRA loses more by large batches than full fine-tuning does (Schulman et al. 2025)."""
 
-REGRET = "Schulman et al. 2025, LoRA Without Regret"
-QLORA = "Dettmers et al. 2023, QLoRA"
 RASCHKA = "Raschka 2023, Practical Tips for LoRA: one 7B model"
 LITGPT = "LitGPT's fine-tuning tables: 12 models on one A10G"
 BIDERMAN = "Biderman et al. 2024, LoRA Learns Less and Forgets Less"
@@ -38,8 +38,7 @@ HABIT = "a habit of the field: try half and twice of it"
 ESTIMATE = "this program's memory estimate"
 YOUR_DATA = "your data"
 
-_SMALL_PARAMETERS, _LARGE_PARAMETERS = 1e9, 30e9
-_SHORT_RUN_STEPS = 100
+_SMALL_PARAMETERS = 1e9
 _LONGEST_ADVISED = 2048
 _TOKENS_PER_PARAMETER = 2
 """Trained tokens that one adapter parameter can hold: it holds 2 bits, and a token has 1 at most (Schulman et al.)."""
@@ -283,14 +282,8 @@ def _most_rank(shape: ModelShape) -> int:
 
 
 def _learning_rate(draft: _Draft, shape: ModelShape, data: DataFacts) -> None:
-    steps = math.ceil(data.rows * draft.recipe.train.epochs / ROWS_PER_STEP)
-    if shape.parameters >= _LARGE_PARAMETERS:
-        rate, why, source = 1e-4, "half the usual for models of 30 B and more", QLORA
-    elif steps < _SHORT_RUN_STEPS:
-        rate, why, source = 3e-4, f"a short run ({steps} steps) bears 1.5 times the usual 2e-4", REGRET
-    else:
-        rate, why, source = 2e-4, "ten times what full fine-tuning takes; the rank hardly matters for it", REGRET
-    draft.choose({"train.learning_rate": rate}, "Learning rate", f"{rate:.0e}".replace("e-0", "e-"), why, source)
+    rate = advised_rate(shape.parameters, shape.hidden, _steps(draft, data))
+    draft.choose({"train.learning_rate": rate.value}, "Learning rate", rate.shown, rate.why, rate.source)
 
 
 def _method(draft: _Draft, ground: _Ground) -> None:
@@ -349,10 +342,19 @@ def _fitting(recipe: Recipe, ground: _Ground) -> Iterator[tuple[bool, int]]:
 
 
 def _held_out(draft: _Draft, data: DataFacts) -> None:
-    steps = math.ceil(data.rows * draft.recipe.train.epochs / ROWS_PER_STEP)
-    rows = min(100, max(1, data.rows // 10, LEAST_ROWS if data.rows >= 4 * LEAST_ROWS else 0)) if data.rows > 1 else 0
+    steps, rows = _steps(draft, data), _held_out_rows(data)
     every = max(5, steps // 8)
     settings = {"eval.rows": rows, "eval.every": every, "eval.samples": min(3, rows), "train.checkpoint_every": every}
     share = f"{LEAST_ROWS} rows, the fewest that a verdict needs" if rows == LEAST_ROWS else "a tenth, 100 rows at most"
     why = f"{share}; looked at every {every} of about {steps} steps"
     draft.choose(settings, "Held out", f"{rows} rows", why, YOUR_DATA)
+
+
+def _held_out_rows(data: DataFacts) -> int:
+    return min(100, max(1, data.rows // 10, LEAST_ROWS if data.rows >= 4 * LEAST_ROWS else 0)) if data.rows > 1 else 0
+
+
+def _steps(draft: _Draft, data: DataFacts) -> int:
+    """Return the optimizer steps of the rows that are not held out."""
+    rows, epochs = max(1, data.rows - _held_out_rows(data)), draft.recipe.train.epochs
+    return total_steps_of(steps=0, epochs=epochs, rows=rows, rows_per_step=ROWS_PER_STEP)

@@ -1,13 +1,17 @@
 """Advice: which rates are named for which models, and what is tried after a run that did not beat its base."""
 
 from dataclasses import replace
+from statistics import fmean
 
 import pytest
 
-from studio.core.advice import Learnt, advised_rate, next_tries
+from studio.core.advice import MEASURED_FALLS, Learnt, advised_rate, next_tries
 from studio.core.intervals import Interval
 from studio.core.recipe import Recipe
+from studio.core.recommendation import ROWS_PER_STEP
+from tests.bench.few_rows import RESULTS, found, results
 
+EMBEDDED = (134_515_008, 576)
 EIGHT_B = (8_030_000_000, 4096)
 NOTHING, WORSE = Interval(-0.001, -0.02, 0.018), Interval(0.3, 0.2, 0.4)
 RECIPE = Recipe().with_("train.learning_rate", 2e-5).with_("train.epochs", 3.0)
@@ -39,6 +43,29 @@ def test_other_sizes_get_what_is_published(parameters: int, hidden: int, steps: 
     advised = advised_rate(parameters, hidden, steps)
     assert advised.value == rate and advised.least <= rate <= advised.most
     assert said in advised.why and "Schulman" in advised.source and "Dettmers" in advised.source
+
+
+def test_the_embedded_model_gets_the_rate_that_was_measured() -> None:
+    lines = [line for line in found() if line["task"] == "docstrings" and line["rows_per_step"] == ROWS_PER_STEP]
+    falls: dict[int, dict[float, list[float]]] = {}
+    for line in lines:
+        falls.setdefault(line["steps"], {}).setdefault(line["rate"], []).append(-line["gain"]["value"])
+    meant = {
+        steps: {rate: round(fmean(values), 2) for rate, values in by_rate.items()} for steps, by_rate in falls.items()
+    }
+    assert meant == MEASURED_FALLS
+    for steps in (9, 11, 60):
+        advised = advised_rate(*EMBEDDED, steps)
+        assert advised.value == max(meant[9], key=meant[9].__getitem__) > 3e-4
+        assert "few_rows_results.md" in advised.source and "9 steps lowered the held-out loss" in advised.why
+    assert RESULTS.read_text(encoding="utf-8") == results(found())
+
+
+def test_what_was_measured_holds_for_its_size_and_short_runs_alone() -> None:
+    measured = advised_rate(*EMBEDDED, 60).value
+    for parameters, hidden, steps in ((360_000_000, 960, 60), (70_000_000, 512, 60), (*EMBEDDED, 900)):
+        advised = advised_rate(parameters, hidden, steps)
+        assert advised.value < measured and "Schulman" in advised.source
 
 
 def test_a_run_that_beat_its_base_is_told_nothing() -> None:

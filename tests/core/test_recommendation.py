@@ -118,6 +118,20 @@ def test_a_short_run_and_a_large_model_have_their_own_rates() -> None:
     assert recommend("style", "base", wide, replace(ROWS, rows=200)).recipe.train.learning_rate == 1e-4
 
 
+def test_sixty_rows_of_the_embedded_size_get_the_rate_that_was_measured() -> None:
+    small = shape_from_config(
+        {
+            "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+            "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
+        }
+    )  # fmt: skip
+    assert small.parameters == 134_515_008
+    made = recommend("task", "embedded", small, DataFacts("mine.jsonl", rows=60, tokens=1400, longest_tokens=37))
+    (rate,) = (choice for choice in made.choices if choice.label == "Learning rate")
+    assert made.recipe.train.learning_rate > 3e-4 and "few_rows_results.md" in rate.source
+    assert "of about 9 steps" in next(choice.why for choice in made.choices if choice.label == "Held out")
+
+
 def test_facts_are_sent_to_retrieval() -> None:
     assert "Retrieval" in recommend("facts", "base", TINY, ROWS).instead
     assert [goal for goal, words in GOALS.items() if not words.fits] == ["facts"]
