@@ -63,6 +63,18 @@ def known_names() -> dict[str, Known]:
     return names
 
 
+def is_gated(repo: str) -> bool:
+    """Return whether a shipped entry says of a model that the hub wants its terms accepted."""
+    known = known_names().get(repo.lower())
+    return known is not None and known.gated
+
+
+def names_with(words: str) -> list[str]:
+    """Return the hub ids in which every one of some words stands, letter case aside."""
+    wanted = words.lower().split()
+    return [known.repo for name, known in known_names().items() if wanted and all(word in name for word in wanted)]
+
+
 def without_the_hub(repo: str) -> str:
     """Return what to say of a model besides that the hub does not give it: a plan of it, or names like its own."""
     if known := known_names().get(repo.lower()):
@@ -99,7 +111,7 @@ def config_instead(repo: str, revision: str, refusal: HubRefusal | EmbeddedMissi
     if config is None:
         raise refusal
     origin = f"the config is {which}, not asked of the hub now: {refusal.why}"
-    if refusal.gated or (known and known.gated):
+    if refusal.gated or is_gated(repo):
         way = way_through_the_gate(plain(repo, one_line=True, limit=200), token=knows_token())
         origin += f". The model is gated: a plan does not mind, but before a training {way}"
     return config, origin

@@ -105,6 +105,10 @@ def model_line(model: Listed, cells: int) -> Content:
     size = f"  {model.size_bytes / GIB:.1f} GiB" if model.size_bytes else ""
     note = "  cannot be used" if model.problem else ""
     where = {"hub": "  in the cache" if model.path else "  on the hub", "folder": "", "embedded": ""}[model.kind]
+    if model.kind == "hub" and not model.path:
+        from studio.probe.known_models import is_gated  # noqa: PLC0415  2 ms that only models of the hub pay
+
+        where += ", gated" if is_gated(model.word) else ""
     about = f"{size}{where}{note}"
     return Content.assemble(plain_path(word, max(_LEAST_NAME, cells - len(about))), (about, "$text-muted"))
 

@@ -20,6 +20,7 @@ def hub(
     *,
     status: int = 200,
     error_code: str = "",
+    error_message: str = "",
     kind: str = "models",
     branches: Mapping[str, Path] | None = None,
     breaks_after: int = 0,
@@ -33,6 +34,7 @@ def hub(
         folder: Its files.
         status: Of every answer.
         error_code: The hub's word for what is wrong.
+        error_message: Its sentence on it.
         kind: `models` or `datasets`.
         branches: Other revisions, and the folder of each; their commits are made of their places here.
         breaks_after: Bytes of a file after which the connection is lost, once for each file; 0 for never.
@@ -56,7 +58,7 @@ def hub(
             asked.append(f"{self.command} {self.path}{f' {wanted[0]}' if wanted else ''}")
             path = unquote(self.path.split("?")[0])
             if status != 200:
-                return self._send(status, b"{}", {"X-Error-Code": error_code}, body)
+                return self._send(status, b"{}", {"X-Error-Code": error_code, "X-Error-Message": error_message}, body)
             api = f"/api/{kind}/{repo}"
             if path.startswith(f"{api}/tree/"):
                 return self._send(200, json.dumps(self._tree(folder)).encode(), {}, body)

@@ -132,6 +132,14 @@ def test_refusals_of_the_hub(tmp_path: Path, repository: Path, status: int, code
         assert expected in ask(tmp_path, "v2", endpoint=endpoint)["error"]
 
 
+def test_a_token_that_the_hub_does_not_accept_is_said_to_be_that(tmp_path: Path, repository: Path) -> None:
+    message = "Invalid credentials in Authorization header"
+    with hub("owner/tiny", repository, status=401, error_message=message) as (endpoint, _):
+        found = ask(tmp_path, endpoint=endpoint)["error"]
+    assert "the hub does not accept the token of this computer (HTTP 401)" in found
+    assert "hf auth login again" in found
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

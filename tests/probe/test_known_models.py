@@ -18,7 +18,7 @@ from tests.fakes.hub import hub
 from tests.fakes.model import model_folder
 
 NOT_PUBLISHED = {
-    *("Qwen/Qwen3.5-35B-A3B", "google/gemma-4-26B-A4B-it", "mistralai/Ministral-3-8B-Reasoning-2512"),
+    "mistralai/Ministral-3-8B-Reasoning-2512",
     "HuggingFaceTB/SmolLM2-135M-Instruct",  # measured models have its count: tests/data/model_configs.json
 }
 """No source that can be named was found for the parameters of these checkpoints, to the last one: the class that

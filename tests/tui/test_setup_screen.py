@@ -331,16 +331,18 @@ def test_long_paths_in_the_lists_show_their_names_at_any_width(tmp_path: Path) -
     play_setup(story, tmp_path, services, size=NARROW)
 
 
-def test_without_a_line_the_search_says_so_and_stays(tmp_path: Path) -> None:
+def test_without_a_line_the_search_says_so_and_offers_what_can_be_planned_without_one(tmp_path: Path) -> None:
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await through(pilot, app, "model")
-        await pilot.press("tab", "enter", *"llama", "enter")
+        await pilot.press("tab", "enter", *"no such", "enter")
         await until(pilot, lambda: "cannot be asked" in shown(app))
         assert step_of(app) == "model"
         await pilot.press("escape")
         await until(pilot, lambda: step_of(app) == "machine")
         await through(pilot, app, "model")
-        assert "llama" in shown(app), "what was typed stays in its line"
+        assert "no such" in shown(app), "what was typed stays in its line"
+        await pilot.press("tab", "enter", *["backspace"] * 7, *"llama 3.2", "enter")
+        await until(pilot, lambda: "meta-llama/Llama-3.2-1B-Instruct  on the hub, gated" in shown(app))
 
     play_setup(story, tmp_path, finding(Told(), hub="The hub cannot be asked (no line)."))
 

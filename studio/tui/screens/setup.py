@@ -354,12 +354,18 @@ class SetupScreen(Screen[SetupDone | None]):
     @work(thread=True, exclusive=True, group="hub")
     def _ask_hub(self, words: str) -> None:
         try:
-            found = [Listed(word, "hub") for word in self._services.search_hub(words)]
+            found = self._services.search_hub(words)
+            told = (
+                f"{len(found)} found on the hub, the most used first." if found else "The hub has nothing of that name."
+            )
         except StudioError as error:
-            self.app.call_from_thread(self._step("model").tell, refused_text(str(error)))
-            return
-        told = f"{len(found)} found on the hub, the most used first." if found else "The hub has nothing of that name."
-        self.post_message(self.Models(found, Content(told)))
+            from studio.probe.known_models import names_with  # noqa: PLC0415  2 ms that only a dead line pays
+
+            if not (found := names_with(words)):
+                self.app.call_from_thread(self._step("model").tell, refused_text(str(error)))
+                return
+            told = f"{error} {len(found)} of that name can be planned without it: choose their card in the first step."
+        self.post_message(self.Models([Listed(word, "hub") for word in found], Content(told)))
 
     @work(thread=True, exclusive=True, group="look")
     def _look(self, step: str, answers: Answers) -> None:
