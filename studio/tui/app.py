@@ -22,14 +22,16 @@ from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.filter import LineFilter
 from textual.message import Message
-from textual.screen import ModalScreen, Screen
+from textual.screen import Screen
 
 from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.runs.layout import RunPaths
+from studio.runs.recipe_file import dump_recipe
 from studio.tui.asks import OpenChat, OpenRun, ShowAudits, ShowData, ShowMerge
+from studio.tui.copying import Copies, sent_words
 from studio.tui.screens.configure import ConfigureScreen
-from studio.tui.screens.help import HelpScreen
+from studio.tui.screens.help import HelpScreen, commands_of, keys_of
 from studio.tui.services import Services
 from studio.tui.themes import OURS, SIXTEEN
 from widgets.output_filter import SafeOutput, drawable
@@ -57,7 +59,8 @@ class StudioApp(App[None]):
     TITLE = "lora-studio"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("q,ctrl+q", "quit", "Quit", show=False),
-        Binding("question_mark", "help", "Help", show=False),
+        Binding("question_mark,f1", "help", "Help", show=False),
+        Binding("y", "copy", "Copy", show=False),
         Binding("T", "change_theme", "Theme", show=False),
     ]
     HORIZONTAL_BREAKPOINTS = [  # noqa: RUF012  declared without ClassVar by Textual
@@ -133,15 +136,31 @@ class StudioApp(App[None]):
         return [*super().get_line_filters(), self._output_filter]
 
     def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
-        """Offer our own commands in the palette beside Textual's."""
-        yield from super().get_system_commands(screen)
-        yield SystemCommand("Guided set-up", "Machine, model, data, goal, recipe", self.on_show_setup)
-        yield SystemCommand("Data", "The rows token by token, and what they add up to", self._show_data)
-        yield SystemCommand("Runs", "All runs, newest first; chat, merge and audit start there", self.on_show_runs)
-        yield SystemCommand("Audits", "What 4 bits cost", partial(self.on_show_audits, ShowAudits()))
+        """Offer in the palette every action of the screen, every other place, and what Textual offers besides."""
+        own = {command.title: command for command in commands_of(screen)}
+        besides = [command for command in super().get_system_commands(screen) if command.title != "Keys"]  # in Help
+        besides += [
+            SystemCommand("Help", "? or F1   What this screen is for, and its keys", self.action_help),
+            SystemCommand("Copy", "y   What the screen is about, to the terminal's clipboard", self.action_copy),
+            SystemCommand("Guided set-up", "Machine, model, data, goal, recipe", self.on_show_setup),
+            SystemCommand("Data", "The rows token by token, and what they add up to", self._show_data),
+            SystemCommand("Runs", "All runs, newest first; chat, merge and audit start there", self.on_show_runs),
+            SystemCommand("Recipe", "Back to the recipe that is being made", self._show_recipe),
+            SystemCommand("Open a recipe", "Files, runs and shipped recipes", self._open_recipe),
+            SystemCommand("Audits", "What 4 bits cost", partial(self.on_show_audits, ShowAudits())),
+        ]
+        yield from own.values()
+        yield from (command for command in besides if command.title not in own)
+
+    def _show_recipe(self) -> None:
+        while self.screen is not self._configure:
+            self.pop_screen()
+
+    def _open_recipe(self) -> None:
+        self._show_recipe()
+        self._configure.action_open()
 
     def _show_data(self) -> None:
-        """Show the data of the recipe that is being made."""
         self.on_show_data(ShowData(self._configure.recipe))
 
     def watch_theme(self, theme: str) -> None:
@@ -278,20 +297,25 @@ class StudioApp(App[None]):
 
     def action_help(self) -> None:
         """Explain the keys of the screen; on the configure screen explain the fields of the recipe, too."""
+        if not isinstance(screen := self.screen, HelpScreen):
+            self.push_screen(HelpScreen(keys_of(screen), fields=screen is self._configure, about=screen.HELP or ""))
+
+    def action_copy(self) -> None:
+        """Copy the text that the mouse has marked, else what the screen is about, to the terminal's clipboard."""
         screen = self.screen
-        if isinstance(screen, ModalScreen):
-            return
-        # Of a focused widget only the keys that the footer shows are listed: its hidden ones scroll or move a cursor.
-        # Hidden keys with ctrl or super are second keys for the same, or Textual's own.
-        keys = [
-            (active.binding.key, active.binding.description)
-            for active in screen.active_bindings.values()
-            if active.enabled
-            and active.binding.description
-            and (active.node in (screen, self) or active.binding.show)
-            and (active.binding.show or not active.binding.key.startswith(("ctrl+", "super+")))
-        ]
-        self.push_screen(HelpScreen(keys, fields=screen is self._configure))
+        if marked := screen.get_selected_text():
+            self.copy_to_clipboard(marked)
+        elif screen is self._configure:
+            self.copy_to_clipboard(dump_recipe(self._configure.recipe), "the recipe, as TOML")
+        elif isinstance(screen, Copies) and (copied := screen.to_copy()) is not None:
+            self.copy_to_clipboard(copied.text, copied.name)
+        else:
+            self.notify("There is nothing to copy here; the mouse marks text, and ctrl+c copies it.", markup=False)
+
+    def copy_to_clipboard(self, text: str, name: str = "") -> None:
+        """Send a text to the terminal's clipboard (OSC 52) and say so, by a name or by the number of characters."""
+        super().copy_to_clipboard(text)
+        self.notify(sent_words(text, name), markup=False)
 
     @work(thread=True)
     def _find_live(self) -> None:

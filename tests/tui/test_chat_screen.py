@@ -87,7 +87,12 @@ def test_two_answers_side_by_side(run: RunPaths, tmp_path: Path, size: tuple[int
         await until(pilot, lambda: "No system prompt; 57 of 60 rows" in shown(app) and "without the" in shown(app))
         await pilot.press(*"new", "enter")
         await until(pilot, lambda: "heard new after 0" in " ".join(shown(app).split()))
-        await pilot.press("ctrl+n")
+        await until(pilot, lambda: len(app.screen._said.turns) == 2)  # type: ignore[attr-defined]  # both have ended
+        await pilot.press("ctrl+y")
+        assert app.clipboard.startswith("base: base heard new after 0 \\x1b[31mred\n\ntuned: tuned heard new after 0")
+        await pilot.press("f1")
+        await until(pilot, lambda: "Questions to the tuned model" in shown(app))
+        await pilot.press("f1", "ctrl+n")
         await until(pilot, lambda: "hello" not in shown(app))
         await pilot.press("ctrl+t")
         await until(pilot, lambda: "temperature 0.3" in shown(app))

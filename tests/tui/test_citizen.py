@@ -3,6 +3,7 @@
 import asyncio
 import importlib
 import pkgutil
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,12 @@ from textual.pilot import Pilot
 import widgets
 from studio import tui
 from studio.core.recipe import Recipe
+from studio.runs.layout import RunPaths
+from studio.runs.recipe_file import dump_recipe
 from studio.tui import app as app_module
 from studio.tui.app import StudioApp, run_studio
 from studio.tui.screens.audit import AuditScreen
+from studio.tui.screens.open import OpenScreen
 from studio.tui.themes import OURS, SIXTEEN
 from tests.fakes.runs import LiveWorker
 from tests.tui.stories import NARROW, Asked, given, make_run, play, services_that, settle, shown, train, until
@@ -147,12 +151,49 @@ def test_the_palette_offers_every_place(tmp_path: Path) -> None:
         async with app.run_test(size=NARROW) as pilot:
             commands = {command.title: command for command in app.get_system_commands(app.screen)}
             await pilot.pause()
-            assert {"Guided set-up", "Runs", "Audits", "Theme"} <= commands.keys()
+            assert {"Guided set-up", "Runs", "Audits", "Theme", "Help"} <= commands.keys()
+            assert {"Edit", "Run", "LoRA/QLoRA", "Card", "Save", "Open"} <= commands.keys(), (
+                "every action of the screen"
+            )
+            assert commands["Save"].help == "s   Save the recipe."
+            assert len(commands) == len(list(app.get_system_commands(app.screen))), "each of them once"
             commands["Audits"].callback()
             await pilot.pause()
             assert isinstance(app.screen, AuditScreen)
+            app.on_show_runs()
+            await settle(pilot)
+            commands = {command.title: command for command in app.get_system_commands(app.screen)}
+            assert commands["Merge"].help == "There is no run to do that with.", "what cannot be done says why"
+            await pilot.press("ctrl+p", *"open a rec")
+            await until(pilot, lambda: "Files, runs and shipped" in shown(app))
+            await pilot.press("enter")
+            await until(pilot, lambda: isinstance(app.screen, OpenScreen))
+            assert [type(screen).__name__ for screen in app.screen_stack] == ["ConfigureScreen", "OpenScreen"]
 
     asyncio.run(run())
+
+
+def test_what_a_screen_is_about_goes_to_the_clipboard_of_the_terminal(
+    with_a_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("STY", raising=False)
+    sent: list[str] = []
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        assert app._driver is not None
+        monkeypatch.setattr(app._driver, "write", sent.append)
+        monkeypatch.delenv("TMUX", raising=False)
+        await pilot.press("y")
+        await until(pilot, lambda: "Sent to the terminal's clipboard: the recipe, as TOML." in shown(app))
+        assert sent == [f"\x1b]52;c;{b64encode(dump_recipe(Recipe(name='try')).encode()).decode()}\a"]
+        monkeypatch.setenv("TMUX", "tmux,1,0")
+        await pilot.press("o")
+        await until(pilot, lambda: "59/100" in shown(app) or "29/100" in shown(app))
+        await pilot.press("y")
+        await until(pilot, lambda: "set-clipboard" in shown(app))
+        assert RunPaths(Path(app.clipboard)).exists, "the place of the run under the cursor"
+
+    play(story, with_a_run)
 
 
 @pytest.mark.parametrize(("connection", "level", "pace"), [("1.2.3.4 5 6.7.8.9 22", "none", 1.0), ("", "full", 0.5)])

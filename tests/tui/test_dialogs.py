@@ -15,7 +15,7 @@ from studio.tui.screens.cards import CardScreen
 from studio.tui.screens.dialogs import AskLine, Confirm, Dialog
 from studio.tui.screens.help import HelpScreen
 from studio.tui.screens.open import OpenScreen
-from tests.tui.stories import BOTH, play, settle
+from tests.tui.stories import BOTH, play, settle, shown, until
 
 DIALOGS: list[tuple[Callable[[], Dialog[Any]], int]] = [
     (lambda: AskLine("Which?", "x", check=str), 9),
@@ -47,6 +47,23 @@ def test_a_box_in_the_middle_that_escape_leaves(
         assert answers == [None]
 
     play(story, tmp_path, size=size)
+
+
+def test_a_yes_can_be_clicked_and_f1_tells_the_keys(tmp_path: Path) -> None:
+    answers: list[object] = []
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        app.push_screen(Confirm(Content("Delete it?"), "delete it"), answers.append)
+        await settle(pilot)
+        await pilot.press("f1")
+        await until(pilot, lambda: isinstance(app.screen, HelpScreen) and "Yes" in shown(app))
+        await pilot.press("f1")
+        await until(pilot, lambda: isinstance(app.screen, Confirm))
+        row, line = next((row, line) for row, line in enumerate(shown(app).splitlines()) if " y  delete it" in line)
+        await pilot.click(offset=(line.index("delete it"), row))
+        await until(pilot, lambda: answers == [True])
+
+    play(story, tmp_path)
 
 
 @pytest.mark.parametrize(("keys", "answer"), [(("enter", "n"), None), (("enter", "space", "y"), True)])

@@ -1,11 +1,16 @@
 """Help: the keys of the screen that it was asked on, and every field of a recipe on the configure screen."""
 
+import importlib
+import pkgutil
 from pathlib import Path
+from typing import Any
 
 from textual.pilot import Pilot
+from textual.screen import ModalScreen, Screen
 
 from studio.core.events import Started
 from studio.core.recipe import FIELDS
+from studio.tui import screens
 from studio.tui.app import StudioApp
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.help import HelpScreen, help_text
@@ -22,6 +27,20 @@ def test_every_field_is_explained_with_its_limits() -> None:
         assert FIELDS[path].help in told
     assert "1 to 1024" in told
     assert "On a slider" not in help_text((), fields=False).plain
+
+
+def test_every_screen_says_what_it_is_for() -> None:
+    for module in pkgutil.iter_modules(screens.__path__, f"{screens.__name__}."):
+        importlib.import_module(module.name)
+    kinds: list[type[Screen[Any]]] = [Screen]
+    silent = set()
+    while kinds:
+        kind = kinds.pop()
+        kinds += kind.__subclasses__()
+        own = kind.__module__.startswith("studio.") and not issubclass(kind, ModalScreen)
+        silent |= {kind.__name__} if own and not kind.HELP else set()
+    assert silent == {"OfferingScreen", "ConfigureScreen"}, "of which one is none, and the other has its fields"
+    assert "what is trained, on what and how" in help_text((), fields=True).plain
 
 
 def test_a_key_with_control_that_the_foot_shows_is_explained_too(tmp_path: Path) -> None:

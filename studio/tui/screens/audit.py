@@ -57,6 +57,7 @@ _Make = Callable[[Mapping[str, str]], AuditRequest]
 class AuditScreen(Screen[None]):
     """`b` and `e` start an audit of the recipe, enter opens the run of one, `x` stops it, `w` writes its report."""
 
+    HELP = "What 4 bits cost: of a base, of an adapter on each form of its base, or of a race of methods."
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter", "open", "Open run", priority=True),
         Binding("b", "audit_base", "Audit base"),

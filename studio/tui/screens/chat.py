@@ -29,6 +29,7 @@ from studio.runs.chat import (
 from studio.runs.layout import RunPaths
 from studio.runs.piped import Loading, NotAnswered
 from studio.runs.system_prompt import NO_SYSTEM_PROMPT, SystemPrompt
+from studio.tui.copying import Copied
 from studio.tui.services import Services
 from widgets.key_footer import KeyFooter
 
@@ -102,12 +103,15 @@ class Column(VerticalScroll):
 class ChatScreen(Screen[None]):
     """A chat. The model's process lives as long as this screen."""
 
+    HELP = "Questions to the tuned model and its base, side by side. The model is unloaded when this screen is left."
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("ctrl+c", "stop", "Stop answer", priority=True),
         Binding("ctrl+n", "forget", "New", priority=True),
         Binding("ctrl+t", "warmer", "Temperature", priority=True),
         Binding("ctrl+r", "turn_base", "With base", priority=True),
         Binding("ctrl+o", "turn_system", "System prompt", priority=True),
+        Binding("ctrl+y", "app.copy", "Copy", priority=True),
+        Binding("f1", "app.help", "Help"),
         Binding("escape", "leave", "Back"),
     ]
     """No key is a prefix of tmux (ctrl+b) or screen (ctrl+a), or stops a terminal's output (ctrl+s) or resumes it
@@ -242,8 +246,10 @@ class ChatScreen(Screen[None]):
         return len(self._sides) > 1 if action == "turn_base" else True
 
     def action_stop(self) -> None:
-        """End the answers that are being given."""
-        if self._process is not None:
+        """End the answers that are being given; where the mouse has marked text, copy that."""
+        if self.get_selected_text():
+            self.action_copy_text()
+        elif self._process is not None:
             self._process.cancel()
 
     def action_forget(self) -> None:
@@ -272,6 +278,12 @@ class ChatScreen(Screen[None]):
         for column in self.query(Column):
             column.divide("with" if self._said.system else "without")
         self._show_system()
+
+    def to_copy(self) -> Copied | None:
+        """Return the last answers, under the names of their sides where there are two."""
+        last = {side: turns[-1][1] for side in _TITLES if (turns := self._said.turns.get(side))}
+        told = [f"{_TITLES[side]}: {answer}" if len(last) > 1 else answer for side, answer in last.items()]
+        return Copied("the last answer" + "s" * (len(told) > 1), plain("\n\n".join(told))) if told else None
 
     def action_leave(self) -> None:
         """End the chat."""

@@ -93,6 +93,7 @@ def _loss_rows(histories: Sequence[History]) -> list[tuple[str, ...]]:
 class CompareScreen(Screen[None]):
     """Reads the runs once. `e` switches between the smoothed training loss and the held-out loss."""
 
+    HELP = "Runs laid over each other, and the settings in which they differ."
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("e", "turn_loss", "Held-out/training"),
         Binding("l", "log_axis", "Log axis"),

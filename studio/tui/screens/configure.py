@@ -29,7 +29,7 @@ from studio.tui.panels.recipe_form import RecipeForm
 from studio.tui.panels.top_bar import TopBar
 from studio.tui.screens.cards import CardScreen
 from studio.tui.screens.dialogs import Confirm
-from studio.tui.screens.recipe_dialogs import ask_to_save
+from studio.tui.screens.recipe_dialogs import ask_to_open, ask_to_save
 from studio.tui.services import Services
 from studio.tui.told import Abandoned, ReadingTold
 from widgets.gauge import Gauge
@@ -289,8 +289,6 @@ class ConfigureScreen(Screen[None]):
 
     def action_open(self) -> None:
         """Show another recipe; `u` brings back the recipe of before."""
-        from studio.tui.screens.open import ask_to_open  # noqa: PLC0415  not needed for the first frame
-
         ask_to_open(self.app, self.recipe, self._runs_root, self._source, self._open)
 
     def _open(self, recipe: Recipe, source: RecipeSource | None = None) -> None:

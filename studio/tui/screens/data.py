@@ -33,6 +33,7 @@ class DataScreen(Screen[None]):
     In wide terminals a row stands beside the view that was chosen, else there is one view at a time.
     """
 
+    HELP = "The rows as the model reads them, token by token; what is learnt is marked."
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("n,right", "go(1)", "Next", key_display="n →"),
         Binding("p,left", "go(-1)", "Before", key_display="p ←"),

@@ -21,7 +21,10 @@ Answer = TypeVar("Answer")
 class Dialog(ModalScreen[Answer]):
     """Closes with an answer, or with None after escape. Its one child is the box."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "leave", "Back")]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape", "leave", "Back"),
+        Binding("question_mark,f1", "app.help", show=False),
+    ]
 
     DEFAULT_CSS = """
     Dialog {
@@ -71,11 +74,18 @@ class Confirm(Dialog[bool]):
         """Make the parts: question, keys."""
         with Vertical():
             yield Static(self._question, markup=False)
-            yield Static(Content.assemble("\n", (" y ", "reverse"), f" {self._yes}   ", (" n ", "reverse"), " no"))
+            yield Static(Content.assemble(_button("\n", "y", self._yes, "agree"), _button("   ", "n", "no", "leave")))
 
     def action_agree(self) -> None:
         """Close with a yes."""
         self.dismiss(True)
+
+
+def _button(before: str, key: str, words: str, action: str) -> Content:
+    """Return a key with what it does, both of which do it when they are clicked."""
+    return Content(before) + Content.from_markup(
+        f"[@click=screen.{action}][reverse] {key} [/reverse] $words[/]", words=words
+    )
 
 
 class AskLine(Dialog[str]):

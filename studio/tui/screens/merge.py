@@ -49,6 +49,7 @@ from widgets.text_field import TextLine
 class MergeScreen(OfferingScreen[None]):
     """The choices of a merge. `r` starts it; nothing is written before."""
 
+    HELP = "Adds a run's adapter to its base and writes the formats that are chosen."
     BINDINGS: ClassVar[list[BindingType]] = [
         *offered("r", "start", "Merge"),
         *offered("t", "try_it", "Try it"),

@@ -41,6 +41,7 @@ _FORM, _NAME = 8, 16
 class MergeProgressScreen(OfferingScreen[None]):
     """Watches a merge and the exports that follow it. All of them go on without this screen."""
 
+    HELP = "A merge and its exports: how far they are, and what was compared and written."
     BINDINGS: ClassVar[list[BindingType]] = [
         *offered("x", "stop", "Stop"),
         *offered("R", "resume", "Resume"),

@@ -1,4 +1,4 @@
-"""Opens a recipe: the user's files, those of earlier runs and the shipped ones in one list, each with what is in it."""
+"""The list of recipes to open: the user's files, those of earlier runs, the shipped ones, each with what is in it."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from textual import work
-from textual.app import App, ComposeResult
+from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.content import Content
@@ -16,7 +16,7 @@ from textual.widgets import Input, OptionList, Static
 from studio.core.errors import StudioError
 from studio.core.recipe import FIELDS, Recipe
 from studio.core.text import plain
-from studio.runs.found_recipes import FoundRecipe, files_begun, found_recipes
+from studio.runs.found_recipes import FoundRecipe, files_begun
 from studio.runs.last_recipe import RecipeSource, source_of
 from studio.runs.recipe_file import load_recipe
 from studio.tui.asks import OpenRun
@@ -34,27 +34,6 @@ _FACTS = (
     ("train.learning_rate", "train.epochs", "train.steps"),
 )
 _EMPTY = Content("Nothing is found. Type another word, or the path of a file.")
-
-
-def ask_to_open(
-    app: App[None],
-    recipe: Recipe,
-    runs_root: Path,
-    source: RecipeSource | None,
-    opened: Callable[[Recipe, RecipeSource | None], None],
-) -> None:
-    """Let the user choose a recipe and hand it on, with its file where that is the user's.
-
-    Args:
-        app: Shows the list.
-        recipe: The one on the screen, with which others are compared.
-        runs_root: Where runs live.
-        source: The file that the recipe on the screen came from: its folder is looked at, too.
-        opened: Takes what was chosen.
-    """
-    places = [Path.cwd(), Path.cwd() / "recipes", *([Path(source.path).parent] if source else [])]
-
-    app.push_screen(OpenScreen(recipe, lambda: found_recipes(runs_root, places), opened))
 
 
 class OpenScreen(Picker[FoundRecipe]):

@@ -1,4 +1,4 @@
-"""Saving a recipe: the questions, and the file."""
+"""Saving and opening recipes: the questions, and the file that is written."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +36,30 @@ def ask_to_save(app: App[None], recipe: Recipe, saved: Callable[[RecipeSource], 
 
     name = f"{plain(recipe.name, one_line=True, limit=_LONGEST_NAME)}.toml"
     app.push_screen(AskLine("Save the recipe as", name, check=target_of), take)
+
+
+def ask_to_open(
+    app: App[None],
+    recipe: Recipe,
+    runs_root: Path,
+    source: RecipeSource | None,
+    opened: Callable[[Recipe, RecipeSource | None], None],
+) -> None:
+    """Let the user choose a recipe and hand it on, with its file where that is the user's.
+
+    Args:
+        app: Shows the list.
+        recipe: The one on the screen, with which others are compared.
+        runs_root: Where runs live.
+        source: The file that the recipe on the screen came from: its folder is looked at, too.
+        opened: Takes what was chosen.
+    """
+    from studio.runs.found_recipes import found_recipes  # noqa: PLC0415  not needed for the first frame
+    from studio.tui.screens.open import OpenScreen  # noqa: PLC0415  as above
+
+    places = [Path.cwd(), Path.cwd() / "recipes", *([Path(source.path).parent] if source else [])]
+
+    app.push_screen(OpenScreen(recipe, lambda: found_recipes(runs_root, places), opened))
 
 
 def _save(app: App[None], recipe: Recipe, path: Path) -> bool:

@@ -19,6 +19,7 @@ from studio.runs.layout import RunPaths
 from studio.runs.log_parts import sample_steps
 from studio.runs.status import Status
 from studio.tui.asks import OpenChat, ShowData, ShowMerge
+from studio.tui.copying import Copied, folder_of
 from studio.tui.feed import Glance, RunFeed, waits_for
 from studio.tui.panels.notes import Notes
 from studio.tui.panels.outcome import TRAIN, Outcome, has_adapter, no_adapter_words
@@ -55,6 +56,7 @@ _SLICES_PER_LOOK = 50
 class RunScreen(OfferingScreen[None]):
     """Watches one run. Below 100 columns or 32 rows one view at a time, else plots above the chosen view."""
 
+    HELP = "One run: losses, memory, samples and log while it trains, and what it made. Leaving does not end it."
     BINDINGS: ClassVar[list[BindingType]] = [
         *offered("x", "stop", "Stop"),
         Binding("p", "go_on", "Go on"),
@@ -208,6 +210,10 @@ class RunScreen(OfferingScreen[None]):
         else:
             question = "Stop this run? It ends after the current step and saves the adapter as it is then."
             self._confirm(question, "stop it", lambda: request(self.paths, "stop"))
+
+    def to_copy(self) -> Copied:
+        """Return the place of the adapter, or of the run."""
+        return folder_of(self.paths)
 
     def action_pause(self) -> None:
         """Ask for a pause."""

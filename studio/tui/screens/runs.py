@@ -18,6 +18,7 @@ from studio.runs.note import check_note, write_note
 from studio.runs.status import Status
 from studio.runs.store import RunInfo, contents_of, list_runs, remove_run
 from studio.tui.asks import OpenRun, ShowAudits, ShowMerge
+from studio.tui.copying import Copied, folder_of
 from studio.tui.panels.outcome import TRAIN, has_adapter, no_adapter_words
 from studio.tui.panels.runs_table import LONGEST, RunsTable
 from studio.tui.screens.compare import MOST, CompareScreen
@@ -33,6 +34,7 @@ _OF_A_RUN = ("resume", "mark", "compare", "audit", "merge", "note", "remove")
 class RunsScreen(OfferingScreen[None]):
     """The list of runs. Enter opens one."""
 
+    HELP = "All runs, the newest first. What is made of a run (merge, audit, another round) starts here."
     BINDINGS: ClassVar[list[BindingType]] = [
         *offered("R", "resume", "Resume"),
         *offered("space", "mark", "Mark"),
@@ -210,6 +212,10 @@ class RunsScreen(OfferingScreen[None]):
 
         name = plain(info.name, one_line=True, limit=LONGEST)
         self.app.push_screen(AskLine(f"A note on {name}", info.note, check=check_note), take)
+
+    def to_copy(self) -> Copied | None:
+        """Return the place of the chosen run."""
+        return folder_of(self._chosen.paths) if self._chosen is not None else None
 
     def action_leave(self) -> None:
         """Close the filter; where none is open, go back."""

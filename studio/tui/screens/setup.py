@@ -63,6 +63,7 @@ _LOOK_AFTER_SECONDS = 0.15
 class SetupScreen(Screen[SetupDone | None]):
     """Asks five questions. Closes with a recipe, or with None when it is left; the answers are kept either way."""
 
+    HELP = "Five questions that end with a recipe: machine, model, data, goal, and what follows from them."
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "back", "Back"),
         Binding("tab", "app.focus_next", "List/text", show=True),
