@@ -29,13 +29,15 @@ VERBS = {
     "export": "write an adapter, or a merged model in fewer bits",
     "chat": "ask the tuned model and its base, side by side",
     "audit": "measure what 4 bits cost a model, an adapter or a training",
+    "clean": "what the program holds on the disk, and how to free it",
     "doctor": "what this machine has, and how right estimates were",
     "gpus": "the NVIDIA cards of this machine",
     "models": "the base models on this machine, and what is known of one",
     "recipes": "the recipes that come with the program",
-    "import": "a recipe from an axolotl, LLaMA-Factory, TRL or Unsloth file",
+    "import": "a recipe from axolotl, LLaMA-Factory, TRL or Unsloth",
     "setup": "the guided set-up: machine, model, data, goal, recipe",
     "serve": "the studio in a browser of this machine",
+    "completion": "completion for bash, zsh and fish, and a manual page",
 }
 _MODULES = {verb: f"studio.commands.{verb}" for verb in VERBS} | {
     "": "studio.commands.open_studio",
@@ -151,7 +153,7 @@ def _run(words: list[str], modules: Mapping[str, str] | None) -> int:
     for name, shown in _NAMES.items():
         if getattr(args, name, None) == "":
             raise BadInput(f"{shown} is empty; wanted a name. To take the default, leave it out.")
-    args.modules = dict(modules or {})
+    args.modules, args.whole_parser = dict(modules or {}), whole_parser
     module = importlib.import_module(_MODULES[args.verb or ""])
     if not gc.isenabled():
         gc.freeze()

@@ -26,7 +26,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Declare the verb."""
     parser = subparsers.add_parser(
         "import",
-        help="a recipe from an axolotl, LLaMA-Factory, TRL or Unsloth file",
+        help="a recipe from axolotl, LLaMA-Factory, TRL or Unsloth",
         description="Reads a YAML or JSON configuration, or the text of a Python script or notebook, which is never "
         "run. Exit 1: it trains something that this program does not, or the recipe has problems.",
     )

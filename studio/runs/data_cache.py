@@ -139,6 +139,13 @@ def kept_bytes() -> int:
     return sum(size for _, _, size in _entries(data_cache()))
 
 
+def unused_entries() -> list[Path]:
+    """Return the folders of all entries, without those that are being made."""
+    now = time.time()
+    made = (folder for folder, used, _ in _entries(data_cache()) if _is_left(folder, used, now))
+    return sorted(made)
+
+
 def remove_folder(folder: Path) -> None:
     """Remove a folder with all that is in it; one that is gone already, or in use on Windows, is left."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -163,7 +170,7 @@ def _make_room(root: Path, expected_bytes: int, keep: str) -> None:
     entries = sorted(_entries(root), key=lambda entry: entry[1])
     now = time.time()
     for folder, used, _ in entries:
-        if folder.name.endswith(_SCRATCH) and now - used > _ABANDONED_SECONDS:
+        if folder.name.endswith(_SCRATCH) and _is_left(folder, used, now):
             remove_folder(folder)
     whole = [entry for entry in entries if not entry[0].name.startswith(".") and entry[0].name != keep]
     held = sum(size for _, _, size in whole)
@@ -173,6 +180,11 @@ def _make_room(root: Path, expected_bytes: int, keep: str) -> None:
             return
         remove_folder(folder)
         held -= size
+
+
+def _is_left(folder: Path, used: float, now: float) -> bool:
+    """Whether nobody is making it: it is whole, or nothing was written in it for long."""
+    return not folder.name.endswith(_SCRATCH) or now - used > _ABANDONED_SECONDS
 
 
 def _entries(root: Path) -> Iterator[tuple[Path, float, int]]:

@@ -244,6 +244,9 @@ def _printed(folder: Path) -> Iterator[tuple[str, list[list[str]]]]:
     yield "import", [["import", str(theirs), "--json"], ["import", str(theirs), "--out", "mine.toml", "--json"]]
     yield "recipes", [["recipes", "--json"]]
     yield "recipes --fields", [["recipes", "--fields", "--json"]]
+    (folder / "cache" / "tools").mkdir(parents=True)
+    (folder / "cache" / "tools" / "file").write_text("x")
+    yield "clean", [["clean", "--json"]]
     yield "doctor", [["doctor", "--json"]]
     yield "runs list", [["runs", "list", "--json"]]
     yield "runs show", [["runs", "show", run.name, "--json"]]
