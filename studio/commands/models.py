@@ -65,8 +65,8 @@ def _list_known(*, as_json: bool) -> int:
         return DONE
     rows = [[one.repo, _many(one.parameters), "gated" if one.gated else ""] for one in known]
     say(table([["model", "parameters", ""], *rows]))
-    say("plan one with: lora-studio plan MODEL --gpu NAME; it needs no connection, no download and no token")
-    say("gated: before a training the hub wants its terms accepted on the model's page, and a token: hf auth login")
+    _wrapped("plan one with: lora-studio plan MODEL --gpu NAME; it needs no connection, no download and no token", "")
+    _wrapped("gated: before a training the hub wants its terms accepted on the model's page, and a token", "")
     return DONE
 
 
