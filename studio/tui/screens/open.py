@@ -21,6 +21,7 @@ from studio.runs.last_recipe import RecipeSource, source_of
 from studio.runs.recipe_file import load_recipe
 from studio.tui.asks import OpenRun
 from studio.tui.changes import differences
+from studio.tui.panels.recipe_form import SHOWN
 from studio.tui.readable import UNKNOWN, age, number, setting
 from studio.tui.screens.dialogs import Picker
 
@@ -125,7 +126,7 @@ class OpenScreen(Picker[FoundRecipe]):
                 heading = kind
                 yield None, Content.styled(kind, "bold $text-primary")
             told = "" if each.kind == "shipped" else f"  {each.kind:4}  {age(time.time() - each.changed_at)}"
-            yield each, Content.assemble(f"{_name(each):{widest}}", (told if each.changed_at else "", "$text-muted"))
+            yield each, Content.assemble(f"{_name(each):{widest}}", (told if each.changed_at else "", "dim"))
 
     def show_offers(self) -> None:
         """Show what the filter lets through, and what is in the first of it."""
@@ -180,10 +181,8 @@ def preview_of(found: FoundRecipe, current: Recipe) -> Content:
                 continue
             value = recipe.get(path)
             written = setting(value) if isinstance(value, float) else FIELDS[path].kind.written(value)
-            lines += [
-                (f"{FIELDS[path].label} ", "$text-muted"),
-                f"{plain(written, one_line=True, limit=_LONGEST_NAME)}   ",
-            ]
+            shown = plain(SHOWN.get(written, written), one_line=True, limit=_LONGEST_NAME)
+            lines += [(f"{FIELDS[path].label} ", "dim"), f"{shown}   "]
         lines.append("\n")
     told = [line for line in differences(current, recipe) if not line.startswith(f"{FIELDS['name'].label} ")]
     lines.append(("\nCompared with the recipe on the screen\n", "bold"))
@@ -191,8 +190,8 @@ def preview_of(found: FoundRecipe, current: Recipe) -> Content:
     if len(told) > _MOST_DIFFERENCES:
         lines.append(f"  and {len(told) - _MOST_DIFFERENCES} more\n")
     if head := _head_of(found.path):
-        lines += [("\n", ""), (f"{head}\n", "$text-muted")]
-    return Content.assemble(*lines, (f"\n{plain(str(found.path), one_line=True, limit=_LONGEST_LINE)}", "$text-muted"))
+        lines += [("\n", ""), (f"{head}\n", "dim")]
+    return Content.assemble(*lines, (f"\n{plain(str(found.path), one_line=True, limit=_LONGEST_LINE)}", "dim"))
 
 
 def _run_lines(found: FoundRecipe) -> list[tuple[str, str]]:
