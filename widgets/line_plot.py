@@ -1,5 +1,6 @@
 """A line plot that is fed point by point and repaints only the cells that changed."""
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
@@ -54,6 +55,8 @@ class LinePlot(Widget):
     """Whether the y axis is logarithmic."""
     reference: reactive[Reference | None] = reactive[Reference | None](None, repaint=False)
     """A dashed horizontal line, or none."""
+    empty: reactive[str] = reactive("Nothing yet.", repaint=False)
+    """What is said in place of axes while no curve has a point; only characters that take one cell."""
 
     def __init__(
         self,
@@ -100,6 +103,10 @@ class LinePlot(Widget):
     def watch_reference(self, reference: Reference | None) -> None:
         """Show or hide the dashed line."""
         self._picture.reference = reference
+        self._changed()
+
+    def watch_empty(self) -> None:
+        """Say it, where there is nothing to draw."""
         self._changed()
 
     def render_line(self, y: int) -> Strip:
@@ -172,7 +179,8 @@ class LinePlot(Widget):
             return
         self._drawn = (width, height, self._changes)
         legend = [self._legend(width)] if height >= _LEAST_FOR_LEGEND else []
-        before, self._rows = self._rows, self._picture.rows(width, height - len(legend))
+        before, rows = self._rows, height - len(legend)
+        self._rows = self._picture.rows(width, rows) if self._has_points else _words(self.empty, width, rows)
         # Another number of rows, as at the first drawing, leaves nothing to compare with.
         if len(before) != len(self._rows):
             self._strips = [*legend, *map(self._strip, self._rows)]
@@ -188,16 +196,19 @@ class LinePlot(Widget):
         if changed:
             self.refresh(*changed)
 
+    @property
+    def _has_points(self) -> bool:
+        return any(self._picture.has_points(curve.key) for curve in self._curves)
+
     def _strip(self, row: CellRow) -> Strip:
         return Strip([Segment(text, self._style(look)) for text, look in row.runs()], len(row.text))
 
     def _legend(self, width: int) -> Strip:
         segments = [Segment(self._title, self.get_component_rich_style("line-plot--title"))]
-        there = [curve for curve in self._curves if self._picture.has_points(curve.key)]
-        if not there:  # the axes alone would look like a curve that lies at their end
-            segments.append(Segment("  nothing yet", self.get_component_rich_style("line-plot--frame")))
-        for curve in there:
-            segments += [Segment(f"  {_SIGNS[curve.look]} ", self._style(curve.cell_look)), self._named(curve.label)]
+        for curve in self._curves:
+            if self._picture.has_points(curve.key):
+                sign = Segment(f"  {_SIGNS[curve.look]} ", self._style(curve.cell_look))
+                segments += [sign, self._named(curve.label)]
         if self.reference is not None:
             segments += [Segment("  ╌╌ ", self._style(REFERENCE_LOOK)), self._named(self.reference.label)]
         length = sum(cell_len(segment.text) for segment in segments)
@@ -213,3 +224,11 @@ class LinePlot(Widget):
             name = names.get(look) or (f"hue-{look}" if look <= 4 else f"faint-{look - 4}")
             self._looks[look] = self.get_component_rich_style(f"line-plot--{name}")
         return self._looks[look]
+
+
+def _words(text: str, width: int, height: int) -> list[CellRow]:
+    """Return words in the middle of `height` rows: axes without a point would look like a curve that lies at an end."""
+    lines = textwrap.wrap(text, max(1, width - 2))[:height]
+    top = (height - len(lines)) // 2
+    texts = [""] * top + [line.center(width) for line in lines] + [""] * (height - top - len(lines))
+    return [CellRow(text.ljust(width), bytes([FRAME]) * width) for text in texts]

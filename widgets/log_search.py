@@ -70,6 +70,10 @@ class LogSearch(Vertical):
         event.stop()
         self._log_view.focus()
 
+    def say_of_empty(self, words: str) -> None:
+        """Say something else while there is no line."""
+        self._log_view.empty = words
+
     def extend(self, lines: Iterable[str]) -> None:
         """Append lines, as for `LogView`."""
         self._log_view.extend(lines)

@@ -1,6 +1,7 @@
 """The end of a log, shown as plain text: no markup, no escape sequences, only the last state of a progress bar."""
 
 import re
+import textwrap
 from collections import deque
 from collections.abc import Iterable
 from typing import ClassVar
@@ -49,6 +50,8 @@ class LogView(ScrollView, can_focus=True):
 
     wrap: reactive[bool] = reactive(True)
     """Whether long lines continue on the next row."""
+    empty: reactive[str] = reactive("")
+    """What is said while there is no line."""
     sought: reactive[str] = reactive("")
     """The text to mark wherever it occurs, in upper or lower case; empty marks nothing."""
 
@@ -62,7 +65,7 @@ class LogView(ScrollView, can_focus=True):
     ) -> None:
         """Show at most the newest `keep` lines, and `empty` where there is none."""
         super().__init__(id=id, classes=classes)
-        self._empty = empty
+        self.set_reactive(LogView.empty, empty)
         self._lines: deque[str] = deque(maxlen=keep)
         self._rows: list[str] = []
         self._match: int | None = None
@@ -87,8 +90,9 @@ class LogView(ScrollView, can_focus=True):
         column, row = self.scroll_offset.x, self.scroll_offset.y + y
         text = self._rows[row] if row < len(self._rows) else ""
         width = self.scrollable_content_region.width
-        if y == 0 and not self._rows:
-            told = Segment(self._empty, self.get_component_rich_style("log-view--empty"))
+        if not self._rows:
+            words = textwrap.wrap(self.empty, max(1, width))
+            told = Segment(words[y] if y < len(words) else "", self.get_component_rich_style("log-view--empty"))
             return Strip([told]).crop_extend(0, width, self.rich_style)
         return Strip(self._marked(text)).crop_extend(column, column + width, self.rich_style)
 

@@ -54,6 +54,12 @@ class LogEnd:
                 return event
         return None
 
+    def all(self, kind: type[_Kind]) -> list[_Kind]:
+        """Return the events of a kind, in the order of the log."""
+        name = kind.kind.encode()
+        events = (event_from_line(line) for line in self.data.split(b"\n") if name in line)
+        return [event for event in events if isinstance(event, kind)]
+
     @property
     def last_at(self) -> float | None:
         """The time of the last line, unix seconds."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from studio.core.errors import BadInput
-from studio.core.events import Evaluated, Failed, Finished, Planned, Started, StepDone
+from studio.core.events import Evaluated, Failed, Finished, Planned, Saved, Started, StepDone, Warned
 from studio.core.text import plain
 from studio.runs.last_words import kind_of_crash
 from studio.runs.layout import RunPaths
@@ -21,7 +21,14 @@ LAST = "last"
 
 @dataclass(frozen=True, slots=True)
 class RunInfo:
-    """One line of the list of runs. None is what the two ends of the log do not hold."""
+    """One line of the list of runs. None is what the two ends of the log do not hold.
+
+    Attributes:
+        first_eval_loss: The held-out loss before the first step.
+        rank: The adapter's rank.
+        made: The path that the run saved something at last, as its log tells it.
+        warnings: What it warned of, as far as the two ends of the log hold it.
+    """
 
     paths: RunPaths
     status: Status
@@ -37,11 +44,15 @@ class RunInfo:
     last_at: float | None
     note: str = ""
     failure: str | None = None
+    first_eval_loss: float | None = None
+    rank: int | None = None
+    made: str | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def list_runs(root: Path) -> list[RunInfo]:
     """Return the runs in a folder, newest first; folders that are no run are passed over."""
-    infos = [run_info(paths) for paths in _runs_in(root)]
+    infos = [run_info(paths) for paths in runs_in(root)]
     return sorted(infos, key=lambda info: (_made_at(info), info.name), reverse=True)
 
 
@@ -53,6 +64,9 @@ def run_info(paths: RunPaths) -> RunInfo:
     status = run_status(paths, tail=tail)
     step, evaluated, end = tail.last(StepDone), tail.last(Evaluated), tail.last(Finished)
     began = first or start
+    before, saved = head.first(Evaluated), tail.last(Saved)
+    # The two ends of a short log are the same lines.
+    warned = dict.fromkeys((event.at, event.message) for event in [*head.all(Warned), *tail.all(Warned)])
     return RunInfo(
         paths=paths,
         status=status,
@@ -68,7 +82,17 @@ def run_info(paths: RunPaths) -> RunInfo:
         last_at=tail.last_at,
         note=read_note(paths),
         failure=_failure(paths, status, tail),
+        first_eval_loss=before.loss if before and not before.step else None,
+        rank=_rank(first),
+        made=saved.path if saved else None,
+        warnings=tuple(message for _, message in warned),
     )
+
+
+def _rank(started: Started | None) -> int | None:
+    adapter = started.recipe.get("adapter") if started else None
+    rank = adapter.get("rank") if isinstance(adapter, dict) else None
+    return rank if isinstance(rank, int) else None
 
 
 def _failure(paths: RunPaths, status: Status, tail: LogEnd) -> str | None:
@@ -90,7 +114,7 @@ def find_run(root: Path, word: str) -> RunPaths:
         if not infos:
             raise BadInput(f"there are no runs in {plain(str(root), one_line=True)} yet.")
         return infos[0].paths
-    runs = _runs_in(root)
+    runs = runs_in(root)
     exact = [paths for paths in runs if paths.name == word]
     if exact:
         return exact[0]
@@ -139,7 +163,7 @@ class LeftOver:
 
 def left_over(root: Path) -> list[LeftOver]:
     """Return what killed runs have left. Where several wrote to one place, the newest one is named."""
-    found = {scratch: paths for paths in sorted(_runs_in(root), key=_folder_time) if (scratch := left_by(paths))}
+    found = {scratch: paths for paths in sorted(runs_in(root), key=_folder_time) if (scratch := left_by(paths))}
     return [
         LeftOver(paths, tuple(scratch.folders), sum(map(folder_bytes, scratch.folders)))
         for scratch, paths in found.items()
@@ -188,7 +212,8 @@ def remove_run(paths: RunPaths) -> None:
         raise BadInput(f"the run {name} cannot be removed: {error.strerror}.") from error
 
 
-def _runs_in(root: Path) -> list[RunPaths]:
+def runs_in(root: Path) -> list[RunPaths]:
+    """Return the runs in a folder, in no order; folders that are no run are passed over."""
     try:
         folders = [entry for entry in root.iterdir() if not entry.name.startswith(".") and entry.is_dir()]
     except OSError:

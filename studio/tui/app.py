@@ -21,7 +21,6 @@ from textual import work
 from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.filter import LineFilter
-from textual.message import Message
 from textual.screen import Screen
 
 from studio.core.recipe import Recipe
@@ -40,10 +39,13 @@ if TYPE_CHECKING:
     from textual.notifications import SeverityLevel
 
     from studio.runs.last_recipe import RecipeSource
+    from studio.tui.ends import EndNotices
     from studio.tui.setup_texts import SetupDone
 
 _POLL_SECONDS = 0.5
 _POLL_SECONDS_OVER_SSH = 1.0
+_POLLS_PER_LOOK = 4
+"""Runs are looked at for their end so many times less often than the one on the screen."""
 _SETTLED_SECONDS = 1.0
 _NOTE_SECONDS = 15.0
 _LEAVE_SECONDS = 5.0
@@ -71,14 +73,6 @@ class StudioApp(App[None]):
         (0, "-short"),
         (32, "-tall"),
     ]
-
-    class LiveFound(Message):
-        """Runs of an earlier visit are alive."""
-
-        def __init__(self, runs: list[RunPaths]) -> None:
-            """Carry them, the newest first."""
-            super().__init__()
-            self.runs = runs
 
     def __init__(
         self,
@@ -125,6 +119,8 @@ class StudioApp(App[None]):
         self._note = note
         # Runs that were opened or found alive on this visit. Those still alive at the end are named on leaving.
         self._seen: dict[Path, RunPaths] = {}
+        self._ends: EndNotices | None = None
+        self._goes_to_live = open_run is None and not launch and not setup
         self._before_hangup: Any = None
 
     def get_default_screen(self) -> Screen[None]:
@@ -174,7 +170,7 @@ class StudioApp(App[None]):
             self._services.keep_theme(theme)
 
     def on_mount(self) -> None:
-        """Open what was asked for, else look for runs that an earlier visit left alive."""
+        """Open what was asked for, else what an earlier visit left alive; from now on look for runs that end."""
         if hasattr(signal, "SIGHUP"):  # Windows has no such signal
             leave = partial(self._leave_lost_terminal, asyncio.get_running_loop())
             self._before_hangup = signal.signal(signal.SIGHUP, leave)
@@ -186,8 +182,7 @@ class StudioApp(App[None]):
             self.call_after_refresh(self._configure.action_launch)
         elif self._set_up_first:
             self.on_show_setup()
-        else:
-            self.call_after_refresh(self._find_live)
+        self.call_after_refresh(self._follow_runs)
 
     def notify(
         self,
@@ -204,6 +199,8 @@ class StudioApp(App[None]):
 
     def on_unmount(self) -> None:
         """Give SIGHUP, the signal of a closed terminal, back to the handler that had it before."""
+        if self._ends is not None:
+            self._ends.close()
         if self._before_hangup is not None:
             signal.signal(signal.SIGHUP, self._before_hangup)
 
@@ -280,12 +277,12 @@ class StudioApp(App[None]):
         elif done.then == "save":
             self._configure.action_save()
 
-    def on_studio_app_live_found(self, message: LiveFound) -> None:
-        """Open the newest live run, unless the user has gone somewhere already."""
-        self._seen.update({paths.root: paths for paths in message.runs})
-        if self.screen is self._configure:
-            self._open(message.runs[0])
-            more = f" {len(message.runs)} runs are alive: o lists them." if len(message.runs) > 1 else ""
+    def _found_live(self, runs: list[RunPaths]) -> None:
+        """Open the newest run that an earlier visit left alive, unless something else was asked for."""
+        self._seen.update({paths.root: paths for paths in runs})
+        if self.screen is self._configure and self._goes_to_live:
+            self._open(runs[0])
+            more = f" {len(runs)} runs are alive: o lists them." if len(runs) > 1 else ""
             self.notify(f"This run goes on from an earlier visit. Escape goes to the recipe.{more}", markup=False)
 
     async def action_quit(self) -> None:
@@ -317,13 +314,12 @@ class StudioApp(App[None]):
         super().copy_to_clipboard(text)
         self.notify(sent_words(text, name), markup=False)
 
-    @work(thread=True)
-    def _find_live(self) -> None:
-        from studio.runs.store import list_runs  # noqa: PLC0415
+    def _follow_runs(self) -> None:
+        from studio.tui.ends import EndNotices  # noqa: PLC0415  not needed for the first frame
 
-        live = [info.paths for info in list_runs(self._runs_root) if info.status.live]
-        if live:
-            self.post_message(self.LiveFound(live))
+        self._ends = EndNotices(self, self._runs_root, self._services)
+        self._ends.begin(self._found_live)
+        self.set_interval(_POLLS_PER_LOOK * self._poll_seconds, self._ends.look)
 
     def _open(self, paths: RunPaths) -> None:
         from studio.tui.screens.run import RunScreen  # noqa: PLC0415  plots and log are not needed for the first frame

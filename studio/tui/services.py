@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from studio.tui.forecast import Forecaster
     from studio.tui.merging import MergeFacts
 
-_CARD, _THEME = "planned_card", "theme"
+_CARD, _THEME, _VISIT = "planned_card", "theme", "visit"
 _LONGEST_NAME = 60
 
 
@@ -253,6 +253,21 @@ class Services:
             OSError: It cannot be written.
         """
         _keep(_THEME, "theme", name)
+
+    def recall_visit(self) -> float | None:
+        """Return when the last visit looked at the runs last, in unix seconds; None where there was none."""
+        try:
+            return float(_recall(_VISIT, "looked_at"))
+        except ValueError:
+            return None
+
+    def keep_visit(self, looked_at: float) -> None:
+        """Keep when the runs were looked at last.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        _keep(_VISIT, "looked_at", str(looked_at))
 
     def keep_recipe(self, last: "LastRecipe") -> None:
         """Keep the recipe that was turned last for the next visit.

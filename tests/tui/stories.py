@@ -80,6 +80,7 @@ class Asked:
     ended: list[RunPaths] = field(default_factory=list)
     planned: list[str] = field(default_factory=list)
     kept: list[LastRecipe] = field(default_factory=list)
+    visits: list[float] = field(default_factory=list)
 
 
 def given(services: Services | None = None, **calls: Callable[..., object]) -> Services:
@@ -100,6 +101,7 @@ def services_that(
     card: str = "a card",
     forecaster: Callable[[Recipe, str], Forecaster] | None = None,
     planned: str = "",
+    visited: float | None = None,
     spills: bool = False,
     free_ram_bytes: int | None = None,
 ) -> Services:
@@ -131,6 +133,8 @@ def services_that(
         free_ram_bytes=lambda: free_ram_bytes,
         recall_planned=lambda: planned,
         keep_planned=asked.planned.append,
+        recall_visit=lambda: visited,
+        keep_visit=asked.visits.append,
         keep_recipe=asked.kept.append,
         glance_at_data=lambda recipe: None,
     )

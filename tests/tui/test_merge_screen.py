@@ -151,6 +151,24 @@ def test_it_starts_what_is_chosen(tmp_path: Path) -> None:
     play(story, tmp_path)
 
 
+def test_the_base_as_4_bits_left_it_is_offered_for_qlora_only(tmp_path: Path) -> None:
+    fake = _Fake(tmp_path)
+    looked = fake.facts
+    fake.facts = lambda paths: replace(looked(paths), recipe=Recipe(method="lora"))  # type: ignore[method-assign]
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await opened(pilot, app, screen(tmp_path, fake))
+        assert "4 bits left it" not in shown(app)
+        assert "(lora run): its own 16-bit weights" in shown(app)
+        await pilot.press("tab")
+        assert app.focused is app.screen.query_one("#outputs"), "one base is no choice"
+        await pilot.press("r")
+        await until(pilot, lambda: fake.started)
+        assert fake.started[0].onto == "original"
+
+    play(story, tmp_path)
+
+
 def test_a_damaged_checkpoint_is_shown_as_one_and_not_merged(tmp_path: Path) -> None:
     fake = _Fake(tmp_path)
     looked = fake.facts

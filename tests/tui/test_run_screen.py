@@ -112,7 +112,15 @@ def test_phases_before_the_first_step(tmp_path: Path) -> None:
             await settle(pilot)
             assert "converting" not in shown(app)
             assert "step 0" in shown(app)
+            assert "No step is done yet. The loss is drawn" in shown(app)
+            assert not any(mark in plots(app) for mark in ("0.0", "1.0", "┤", "└")), "no axes without a point"
+            await pilot.press("4")
+            await settle(pilot)
+            assert "No warning so far, and nothing saved yet" in shown(app)
             worker.emit(Finished, outcome="done")
+            await until(pilot, lambda: "ended before its first step" in shown(app))
+            await pilot.press("3")
+            await until(pilot, lambda: "The process printed nothing. What it does" in shown(app))
 
         play(story, tmp_path, open_run=paths)
 
@@ -134,6 +142,7 @@ def test_views(tmp_path: Path, size: tuple[int, int], alone: bool) -> None:
                 assert words in shown(app)
                 assert ("loss" in shown(app).split("Notes", 1)[1]) is not alone, f"plots beside {key}"
             assert "checkpoint at step 4: checkpoints/step-4, 1.0 GiB" in shown(app)
+            assert "4 Notes (1)" in shown(app), "a warning is seen from the other pages too"
             await pilot.press("tab")
             await settle(pilot)
             assert screen_of(app).view == "memory"
@@ -242,8 +251,10 @@ def test_another_job_shows_its_log_and_what_it_saved(tmp_path: Path) -> None:
             assert "printed nothing" not in shown(app)
             assert "step 0" not in shown(app), "it has no steps, loss or speed"
             worker.emit(Saved, what="merged", path="/models/out")
+            worker.emit(Warned, message="it differs by 0.2 nats a token")
             worker.emit(Finished, outcome="done")
             await until(pilot, lambda: "merged: /models/out" in shown(app))
+            assert "it differs by 0.2 nats a token" in shown(app), "beside what it saved, not on a page of its own"
             assert "No adapter" not in shown(app)
 
         play(story, tmp_path, open_run=paths)

@@ -52,7 +52,10 @@ def test_names_curves_and_axes_are_shown() -> None:
     async def story(pilot: Pilot[None], plot: LinePlot) -> None:
         plot.x_total = 100
         await pilot.pause()
-        assert text_of(plot).startswith("loss  nothing yet  "), "bare axes could pass for a curve"
+        assert text_of(plot).split() == ["loss", "Nothing", "yet."], "bare axes could pass for a curve"
+        plot.empty = "No point, for a reason."
+        await pilot.pause()
+        assert text_of(plot).split() == ["loss", *plot.empty.split()]
         plot.extend("raw", range(50), [4 - x / 20 for x in range(50)])
         plot.extend("held", [0, 40], [4, 2])
         await pilot.pause()

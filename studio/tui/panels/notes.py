@@ -60,6 +60,8 @@ def notes_text(history: History) -> Content:
         at = f" at step {saved.step}" if saved.step is not None else ""
         what, path = plain(saved.what, one_line=True), plain(saved.path, one_line=True)
         parts += [("saved    ", "$text-success"), f"{what}{at}: {path}{size}\n"]
+    if not history.warnings and not history.saved:
+        parts.append(("No warning so far, and nothing saved yet: both are listed here.\n", "$text-muted"))
     if history.unknown:
         parts.append(f"{history.unknown} lines of the log are not known to this version\n")
     return Content.assemble(*parts)

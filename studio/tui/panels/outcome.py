@@ -103,7 +103,8 @@ def _with_advice(head: str, message: str, advice: str, paths: RunPaths) -> Conte
 def _other_job_ended(history: History) -> Content:
     saved = [f"\n{plain(item.what, one_line=True)}: {plain(item.path, one_line=True)}" for item in history.saved]
     early = history.finished is not None and history.finished.outcome == "stopped"
-    return Content.assemble(("stopped" if early else "done", "bold"), *saved)
+    warned = [(f"\n{plain(event.message)}", "$text-warning") for event in history.warnings]
+    return Content.assemble(("stopped" if early else "done", "bold"), *saved, *warned)
 
 
 def _ended(paths: RunPaths, history: History, finished: Finished | None) -> Content:
@@ -121,7 +122,9 @@ def _ended(paths: RunPaths, history: History, finished: Finished | None) -> Cont
     steps = f"{history.last_step} step{'' if history.last_step == 1 else 's'}"
     head = f"{'stopped' if early else 'done'} after {steps}{took}"
     learnt = f"\n{gain['words'][:1].upper()}{gain['words'][1:]}." if gain else ""
-    return Content.assemble((head, "bold"), held_out, learnt, *next_words, where, again)
+    count = len(history.warnings)
+    warned = (f"\n{count} warning{'s' * (count != 1)} of this run: 4 Notes", "$text-warning") if count else ""
+    return Content.assemble((head, "bold"), held_out, learnt, *next_words, where, again, warned)
 
 
 def _held_out(history: History, *, told: bool) -> str:

@@ -8,6 +8,7 @@ from textual.app import ComposeResult
 from textual.containers import Container
 
 from studio.runs.history import History
+from studio.runs.status import Status
 from studio.tui.feed import Cursor
 from studio.tui.readable import gib, to_gib
 from widgets.line_plot import Curve, LinePlot, Reference
@@ -93,6 +94,13 @@ class RunPlots(Container):
         for curve in _MEMORY:
             values = [to_gib(value) for value in getattr(readings, curve.key)[begin:]]
             _hand_on(self._memory, curve.key, begin, readings.steps[begin:], values)
+
+    def say_why_empty(self, status: Status) -> None:
+        """Let a plot without a point say why it has none."""
+        early = "The run ended before its first step, so there is no {} to draw."
+        live = "No step is done yet. The {} is drawn from the first one on."
+        for plot, what in ((self._loss, "loss"), (self._memory, "memory")):
+            plot.empty = (live if status.live else early).format(what)
 
     def show_sample(self, steps: Sequence[int], losses: Sequence[float], total: int | None) -> None:
         """Draw a few steps of a long log at once, until the log is read."""

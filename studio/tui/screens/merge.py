@@ -147,7 +147,11 @@ class MergeScreen(OfferingScreen[None]):
         self._facts, best = facts, best_of(facts.checkpoints)
         checkpoints.fill([checkpoint_line(one, best) for one in facts.checkpoints], chosen)
         base = plain(facts.recipe.model.base, one_line=True, limit=60)
-        self.query_one("#merge-into", Static).update(Content(f"Merge into {base} ({facts.recipe.method} run)"))
+        # Only a QLoRA adapter was trained against the base as 4 bits left it.
+        choice = facts.recipe.method == "qlora"
+        own = "" if choice else ": its own 16-bit weights, as they were trained against"
+        self.query_one("#merge-into", Static).update(Content(f"Merge into {base} ({facts.recipe.method} run){own}"))
+        self.query_one("#onto", PickOne).display = choice
         if before is None or before.base_bytes != facts.base_bytes:
             self._rows = estimates_of(facts.base_bytes)
             self._outputs.fill({row.form: output_line(row) for row in self._rows})

@@ -97,6 +97,11 @@ class MergeProgressScreen(OfferingScreen[None]):
         self.set_interval(self._poll_seconds, self._look)
         self.query_one(VerticalScroll).focus()
 
+    @property
+    def watched(self) -> list[RunPaths]:
+        """The merge and those of its exports that were started."""
+        return [watch.paths for watch in self._watches.values()]
+
     def _look(self) -> None:
         # Each run names the one that follows it, once that was started.
         while self._waiting and (run := next_run(self._last)):

@@ -1,7 +1,11 @@
 """Keys that are offered only where they do something; elsewhere they say why they do nothing."""
 
+from collections.abc import Sequence
+
 from textual.binding import Binding
 from textual.screen import Screen, ScreenResultType
+
+from studio.runs.layout import RunPaths
 
 
 class OfferingScreen(Screen[ScreenResultType]):
@@ -9,6 +13,11 @@ class OfferingScreen(Screen[ScreenResultType]):
 
     `offered` makes the bindings of such a key. The footer shows the key only while its action does something.
     """
+
+    @property
+    def watched(self) -> Sequence[RunPaths]:
+        """The runs whose end this screen shows."""
+        return ()
 
     def why_not(self, action: str) -> str:
         """Return why an action would do nothing now, as a sentence; empty where it does something."""

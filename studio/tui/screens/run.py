@@ -113,7 +113,7 @@ class RunScreen(OfferingScreen[None]):
         with Container(id="views"):
             yield RunPlots(id="plots")
             yield Samples(id="samples")
-            yield LogSearch(empty="The process has printed nothing so far.", id="log")
+            yield LogSearch(empty=_why_no_output(Status.starting), id="log")
             yield Notes(id="notes")
             yield MemoryTable(self.paths, id="memory")
             yield PairPlots(id="pairs")
@@ -124,6 +124,11 @@ class RunScreen(OfferingScreen[None]):
         self._choose(self.view)
         self.call_later(self._look)
         self.set_interval(self._poll_seconds, self._look)
+
+    @property
+    def watched(self) -> tuple[RunPaths, ...]:
+        """The run that this screen shows."""
+        return (self.paths,)
 
     def watch_view(self, view: str) -> None:
         """Show the chosen view."""
@@ -297,7 +302,8 @@ class RunScreen(OfferingScreen[None]):
 
     def _offer_views(self) -> None:
         """Offer what this kind of job fills: without steps there is nothing to plot."""
-        self.query_one(TabRow).names = _names(self._views)
+        warnings = len(self._glance.history.warnings) if self._glance else 0
+        self.query_one(TabRow).names = _names(self._views, warnings)
         self.query_one(RunPlots).set_class("plots" not in self._views, "-unfilled")
         if self.view not in self._views:
             self.view = self._views[0]
@@ -314,7 +320,7 @@ class RunScreen(OfferingScreen[None]):
 
     def _show_glance(self) -> None:
         glance = self._feed.look()
-        job, views, before, self._glance = self._job, self._views, self._glance, glance
+        job, before, self._glance = self._job, self._glance, glance
         if before is None or before.status is not glance.status or job != self._job:
             self.refresh_bindings()
         self._see_pause()
@@ -330,8 +336,9 @@ class RunScreen(OfferingScreen[None]):
             self.query_one(PairPlots).show(glance.history)
             self.query_one(Samples).show(glance.history, glance.status)
             self.query_one(Notes).show(glance.history)
-        if views != self._views:
-            self._offer_views()
+        self.query_one(RunPlots).say_why_empty(glance.status)
+        self.query_one(LogSearch).say_of_empty(_why_no_output(glance.status))
+        self._offer_views()
         if glance.behind or self._slices_left is not None:
             self._catch_up(glance)
 
@@ -376,6 +383,14 @@ class RunScreen(OfferingScreen[None]):
         self.app.notify(plain(text), severity="error" if bad else "information", markup=False)
 
 
-def _names(views: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+def _names(views: tuple[str, ...], warnings: int = 0) -> tuple[tuple[str, str], ...]:
     """Return views with the names that are shown; each keeps its number, whichever there are."""
-    return tuple((key, f"{number} {key.title()}") for number, key in enumerate(_VIEWS, start=1) if key in views)
+    told = {"notes": f" ({warnings})"} if warnings else {}
+    numbered = [(key, number) for number, key in enumerate(_VIEWS, start=1) if key in views]
+    return tuple((key, f"{number} {key.title()}{told.get(key, '')}") for key, number in numbered)
+
+
+def _why_no_output(status: Status) -> str:
+    """Return why a run's process has printed nothing: what a job tells is in its log of events, not printed."""
+    told = "What it does is said in the first row, warnings and results under 4 Notes."
+    return f"The process {'has printed nothing so far' if status.live else 'printed nothing'}. {told}"
