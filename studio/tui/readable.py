@@ -1,11 +1,14 @@
 """Numbers as a person reads them in a header: short, with their unit, a dash where nothing is known."""
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 
 from studio.core.text import duration_text
 
 UNKNOWN = "-"
 _GIB = 2**30
+_LEVELS = "▁▂▃▄▅▆▇█"
 
 
 def duration(seconds: float | None) -> str:
@@ -53,6 +56,22 @@ def setting(value: float) -> str:
 def count(value: float | None) -> str:
     """Return a whole number with a space between its thousands: 1 204."""
     return UNKNOWN if value is None or not math.isfinite(value) else f"{round(value):,}".replace(",", " ")
+
+
+def spark(values: Sequence[float], cells: int = 8) -> str:
+    """Return a curve in one row of at most so many cells: each is the mean of its share of the values.
+
+    Values that are not finite are passed over. Fewer than two make no curve.
+    """
+    known = [value for value in values if math.isfinite(value)]
+    cells = min(cells, len(known))
+    if cells < 2:
+        return ""
+    ends = [round(place * len(known) / cells) for place in range(cells + 1)]
+    means = [sum(known[begin:end]) / (end - begin) for begin, end in pairwise(ends)]
+    low, span = min(means), max(means) - min(means)
+    top = len(_LEVELS) - 1
+    return "".join(_LEVELS[round((mean - low) / span * top) if span > 0 else top // 2] for mean in means)
 
 
 def _short_exponent(text: str, *, strip: bool = False) -> str:

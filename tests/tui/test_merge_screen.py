@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from textual.pilot import Pilot
-from textual.widgets import DataTable, Input
+from textual.widgets import Input
 
 from studio.core.errors import BadInput
 from studio.core.events import Failed, Finished, Phase, RunEvent, Saved, Started, Warned
@@ -23,6 +23,7 @@ from studio.runs.status import Status, run_status
 from studio.tui.app import StudioApp
 from studio.tui.merging import MergeFacts
 from studio.tui.panels.merge_lists import PickMany, PickOne
+from studio.tui.panels.runs_list import RunsList
 from studio.tui.screens.dialogs import Confirm
 from studio.tui.screens.merge import MergeScreen, merge_screen_for
 from studio.tui.screens.merge_progress import MergeProgressScreen
@@ -364,7 +365,7 @@ def test_keys_of_the_run_and_of_the_list_lead_here(tmp_path: Path) -> None:
         assert not isinstance(app.screen, MergeScreen)
         assert "ended without an adapter" in shown(app)
         await pilot.press("escape", "o")
-        await until(pilot, lambda: app.screen.query(DataTable) and app.screen.query_one(DataTable).row_count == 1)
+        await until(pilot, lambda: app.screen.query(RunsList) and len(app.screen.query_one(RunsList).rows) == 1)
         assert "m Merge" not in shown(app)
         await pilot.press("m")
         await settle(pilot)

@@ -7,12 +7,14 @@ import pytest
 from textual.pilot import Pilot
 from textual.widgets import DataTable, Input
 
-from studio.core.events import Evaluated, Finished, Started, StepDone
+from studio.core.events import Evaluated, Finished, Saved, Started, StepDone, Warned
+from studio.core.recipe import Recipe
 from studio.runs.layout import RunPaths
 from studio.runs.note import read_note
 from studio.tui.app import StudioApp
-from studio.tui.panels import runs_table
-from studio.tui.panels.runs_table import RunsTable
+from studio.tui.panels import runs_list
+from studio.tui.panels.run_preview import RunPreview
+from studio.tui.panels.runs_list import RunsList
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.dialogs import Confirm
 from studio.tui.screens.run import RunScreen
@@ -43,8 +45,14 @@ def ended(root: Path, name: str, outcome: str, at: float) -> RunPaths:
 
 
 def rows(app: StudioApp) -> list[list[str]]:
-    table = app.screen.query_one(DataTable)
-    return [[str(cell) for cell in table.get_row_at(index)] for index in range(table.row_count)]
+    """What is listed, by columns; of a comparison the rows of its table."""
+    for table in app.screen.query(DataTable):
+        return [[str(cell) for cell in table.get_row_at(index)] for index in range(table.row_count)]
+    return [
+        [str(row.info.status), f"{'* ' if row.marked else ''}{row.name}", row.step, row.loss, row.held_out, row.note,
+         row.started, row.method, row.model]
+        for row in app.screen.query_one(RunsList).rows
+    ]  # fmt: skip
 
 
 @BOTH
@@ -84,26 +92,6 @@ def test_figures_that_come_later_are_not_cut_to_the_width_of_the_first(tmp_path:
             assert f"{figure} " in shown(app)
 
     play(story, tmp_path, size=NARROW)
-
-
-def test_rows_that_were_drawn_before_they_were_measured_are_drawn_again(tmp_path: Path) -> None:
-    ended(tmp_path, "first", "done", 1_000_000)
-
-    async def story(pilot: Pilot[None], app: StudioApp) -> None:
-        await pilot.press("o")
-        await until(pilot, lambda: rows(app))
-        table = app.screen.query_one(RunsTable)
-        infos = list(table._infos.values())
-        table.show([], marked=set(), words=())
-        for column in table.columns.values():
-            column.content_width = 4
-        table.show(infos, marked=set(), words=())
-        for row in range(table.size.height):
-            table.render_line(row)  # as a busy machine does before the table is idle
-        await settle(pilot)
-        assert infos[0].name in shown(app)
-
-    play(story, tmp_path)
 
 
 def test_enter_opens_the_chosen_run_and_escape_comes_back(tmp_path: Path) -> None:
@@ -371,5 +359,52 @@ def test_a_note_that_is_too_long_is_refused_in_place(tmp_path: Path) -> None:
 
 
 def test_a_run_of_today_shows_its_time_and_another_its_day() -> None:
-    assert len(runs_table._when(time.time())) == len("00:00")
-    assert runs_table._when(time.mktime((2001, 2, 3, 4, 5, 6, 0, 0, -1))) == "2001-02-03"
+    assert len(runs_list._when(time.time())) == len("00:00")
+    assert runs_list._when(time.mktime((2001, 2, 3, 4, 5, 6, 0, 0, -1))) == "2001-02-03"
+
+
+def test_groups_full_names_methods_models_and_differences_in_a_narrow_terminal(tmp_path: Path) -> None:
+    base, long = "meta-llama/Llama-3.1-8B-Instruct", "a very long name that is as long as folders may be called"
+    for number, (name, rank) in enumerate((("shell", 16), (long, 32))):
+        recipe = Recipe(name=name, method="qlora").with_("adapter.rank", rank).with_("model.base", base)
+        paths = make_run(tmp_path, name, recipe, now=1_000_000 * (number + 1))
+        steps = [
+            StepDone(at=4.0 + n, step=n, loss=4 - n, learning_rate=1e-4, grad_norm=1.0, tokens=9, seconds=1.0)
+            for n in range(1, 4)
+        ]
+        started = Started(at=number + 1.0, job="train", method="qlora", model=base, recipe=recipe.to_dict())
+        measured = [Evaluated(at=2.0 + n, step=3 * n, loss=4.0 - n, loss_tokens=9, rows=5, seconds=1.0) for n in (0, 1)]
+        write_log(paths, started, measured[0], *steps, measured[1], Finished(at=9.0, outcome="done", step=3))
+    export = make_run(tmp_path, "export-q8_0-a-model-with-a-rather-long-name", now=3_000_000)
+    write_log(
+        export, Started(at=3.0, job="export", model="/models/merged"), Warned(at=4.0, message="far from it"),
+        Saved(at=5.0, what="exported", path="/models/m.gguf"), Finished(at=6.0, outcome="done"),
+    )  # fmt: skip
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await pilot.press("o")
+        await until(pilot, lambda: "the run before" in shown(app))
+        assert [row[1] for row in rows(app)] == [run.info.name for run in app.screen.query_one(RunsList).rows]
+        assert len(rows(app)) == 2, "an export is not among the runs"
+        assert " Runs 2 " in shown(app) and " Exports 1 " in shown(app)
+        for row in rows(app):
+            assert f"✓ {row[1]}" in shown(app), "the whole name"
+        lines = shown(app).splitlines()[: app.screen.query_one("#runs-of").region.bottom]
+        for rank in (16, 32):
+            (line,) = (line for line in lines if f"qlora r{rank}" in line)
+            assert f"qlora r{rank}  Llama-3.1-8B-Instruct" in line, "method and model, whole"
+        assert "█▅▁" in shown(app) and "held-out 4.000 → 3.000" in shown(app)
+        assert "adapter.rank 16 → 32" in shown(app) and base in shown(app)
+        await pilot.press("tab")
+        await until(pilot, lambda: "! far from it" in shown(app))
+        assert [row[1] for row in rows(app)] == [export.name] and f"✓ {export.name}" in shown(app)
+        assert "1 warning" in shown(app) and "exported: /models/m.gguf" in shown(app)
+        await pilot.press("slash", *"shell", "enter")
+        await until(pilot, lambda: "1 of 3 runs" in shown(app))
+        assert [row[1].partition("-")[0] for row in rows(app)] == ["shell"], "what is sought is in another group"
+        assert "Runs 1/2" in shown(app) and "Exports 0/1" in shown(app)
+        await pilot.resize_terminal(160, 40)
+        await until(pilot, lambda: app.screen.query_one(RunPreview).region.x > 80)
+        await until(pilot, lambda: "● held-out" in shown(app))
+
+    play(story, tmp_path, size=NARROW)

@@ -166,6 +166,8 @@ def test_log_axis_leaves_out_what_has_no_logarithm() -> None:
 
 def test_the_axis_grows_when_no_total_is_known() -> None:
     async def story(pilot: Pilot[None], plot: LinePlot) -> None:
+        plot.extend("raw", [5], [2])
+        await pilot.pause()
         assert "10 step" in text_of(plot)
         plot.extend("raw", [15], [1])
         await pilot.pause()

@@ -149,8 +149,8 @@ class MergeScreen(OfferingScreen[None]):
         base = plain(facts.recipe.model.base, one_line=True, limit=60)
         # Only a QLoRA adapter was trained against the base as 4 bits left it.
         choice = facts.recipe.method == "qlora"
-        own = "" if choice else ": its own 16-bit weights, as they were trained against"
-        self.query_one("#merge-into", Static).update(Content(f"Merge into {base} ({facts.recipe.method} run){own}"))
+        whose = "" if choice else ": its own 16-bit weights, as they were trained against"
+        self.query_one("#merge-into", Static).update(Content(f"Merge into {base} ({facts.recipe.method} run){whose}"))
         self.query_one("#onto", PickOne).display = choice
         if before is None or before.base_bytes != facts.base_bytes:
             self._rows = estimates_of(facts.base_bytes)

@@ -1,4 +1,4 @@
-"""The list of all runs, newest first, kept up to date."""
+"""The runs of each kind, newest first, kept up to date, beside what is worth knowing of the one under the cursor."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,35 +7,43 @@ from typing import ClassVar
 from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
+from textual.containers import Container, Vertical
 from textual.content import Content
 from textual.message import Message
-from textual.widgets import DataTable, Input, Static
+from textual.widgets import Input, OptionList
 
 from studio.core.errors import StudioError
 from studio.core.text import plain
 from studio.runs.checkpoints import NoWholeCheckpoint
+from studio.runs.log_parts import sample_steps
 from studio.runs.note import check_note, write_note
 from studio.runs.status import Status
 from studio.runs.store import RunInfo, contents_of, list_runs, remove_run
 from studio.tui.asks import OpenRun, ShowAudits, ShowMerge
 from studio.tui.copying import Copied, folder_of
 from studio.tui.panels.outcome import TRAIN, has_adapter, no_adapter_words
-from studio.tui.panels.runs_table import LONGEST, RunsTable
+from studio.tui.panels.run_preview import Closer, RunPreview, look_closer
+from studio.tui.panels.runs_list import GROUPS, LONGEST, RunsList, group_of, matches
+from studio.tui.readable import spark
 from studio.tui.screens.compare import MOST, CompareScreen
 from studio.tui.screens.dialogs import AskLine, Confirm, start_over_question
 from studio.tui.screens.offers import OfferingScreen, offered
 from studio.tui.services import Services
 from widgets.key_footer import KeyFooter
+from widgets.tab_row import TabRow
 
+_SPARK_STEPS = 32
 _OF_A_RUN = ("resume", "mark", "compare", "audit", "merge", "note", "remove")
 """Actions that need a run under the cursor."""
 
 
 class RunsScreen(OfferingScreen[None]):
-    """The list of runs. Enter opens one."""
+    """The list of runs, one group at a time. Enter opens one."""
 
     HELP = "All runs, the newest first. What is made of a run (merge, audit, another round) starts here."
     BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("tab", "next_group(1)", "Group", priority=True),
+        Binding("shift+tab", "next_group(-1)", "Group before", show=False, priority=True),
         *offered("R", "resume", "Resume"),
         *offered("space", "mark", "Mark"),
         *offered("c", "compare", "Compare"),
@@ -44,27 +52,50 @@ class RunsScreen(OfferingScreen[None]):
         *offered("n", "note", "Note"),
         *offered("d", "remove", "Delete"),
         Binding("slash", "filter", "Filter"),
-        Binding("down", "to_table", "To the list", show=False),
+        Binding("down", "to_list", "To the list", show=False),
         Binding("question_mark", "app.help", "Help", key_display="?"),
         Binding("escape", "leave", "Back"),
     ]
 
     DEFAULT_CSS = """
     RunsScreen {
-        & #runs-head { height: 1; padding: 0 1; text-style: bold; }
-        & DataTable { height: 1fr; }
-        & #runs-filter { display: none; }
+        & TabRow { padding: 0 1; }
+        & #runs-filter { display: none; margin: 0 1; }
         & #runs-filter.-shown { display: block; }
+        & #runs-panels { height: 1fr; }
+        & #runs-panels > * {
+            border-top: round $foreground 40%;
+            border-title-style: bold;
+            border-title-color: $text-primary;
+            border-subtitle-color: $text-muted;
+        }
+        & #runs-of { height: 1fr; padding: 0 1; }
+        & RunPreview { height: auto; max-height: 10; }
     }
+    RunsScreen.-wide #runs-panels {
+        layout: horizontal;
+        & > * { border: round $foreground 40%; height: 1fr; max-height: 100%; }
+        & #runs-of { width: 3fr; }
+        & RunPreview { width: 2fr; }
+    }
+    RunsScreen.-wide.-tall RunPreview.-has-curve > LinePlot { display: block; }
     """
 
     class Listed(Message):
         """The runs were read."""
 
-        def __init__(self, infos: list[RunInfo]) -> None:
+        def __init__(self, infos: list[RunInfo], sparks: dict[str, str]) -> None:
+            """Carry what was found, and by name the curves of losses."""
+            super().__init__()
+            self.infos, self.sparks = infos, sparks
+
+    class LookedCloser(Message):
+        """The run under the cursor was read."""
+
+        def __init__(self, closer: Closer) -> None:
             """Carry what was found."""
             super().__init__()
-            self.infos = infos
+            self.closer = closer
 
     def __init__(
         self,
@@ -79,25 +110,30 @@ class RunsScreen(OfferingScreen[None]):
         self._runs_root, self._services, self._lister = runs_root, services, lister
         self._poll_seconds = poll_seconds
         self._infos: dict[str, RunInfo] = {}
-        self._count = 0
+        self._sparks: dict[str, str] = {}
+        self._group = self._told = ""
         self._marked: set[str] = set()
+        self._looked_at: tuple[RunInfo, RunInfo | None] | None = None
 
     def compose(self) -> ComposeResult:
-        """Make the parts: head, filter, table, keys."""
-        yield Static("Runs", id="runs-head", markup=False)
+        """Make the parts: groups, filter, list, what is known of the chosen run, keys."""
+        yield TabRow((), "")
         yield Input(placeholder="a part of status, name, method, model or note", compact=True, id="runs-filter")
-        yield RunsTable()
+        with Container(id="runs-panels"):
+            with Vertical(id="runs-of"):
+                yield RunsList()
+            yield RunPreview()
         yield KeyFooter()
 
     def on_mount(self) -> None:
         """Begin to look."""
-        self._table.focus()
+        self._list.focus()
         self._read()
         self.set_interval(4 * self._poll_seconds, self._read)
 
     def on_runs_screen_listed(self, message: Listed) -> None:
         """Show what was read."""
-        self._infos = {info.name: info for info in message.infos}
+        self._infos, self._sparks = {info.name: info for info in message.infos}, message.sparks
         self._marked &= set(self._infos)
         self._show_rows()
 
@@ -106,26 +142,61 @@ class RunsScreen(OfferingScreen[None]):
         event.stop()
         self._show_rows()
 
-    def _show_rows(self) -> None:
-        """Show the runs that the filter lets through."""
-        words = self._filter.value.lower().split()
-        self._count = self._table.show(self._infos.values(), marked=self._marked, words=words)
-        self.refresh_bindings()
-        head, told = self.query_one("#runs-head", Static), self._head()
-        if told != head.content:  # an update repaints even where the text is the same
-            head.update(told)
+    def on_runs_screen_looked_closer(self, message: LookedCloser) -> None:
+        """Show what was found, unless the cursor is elsewhere by now."""
+        if self._chosen is not None and self._chosen.paths == message.closer.info.paths:
+            self.query_one(RunPreview).show(message.closer)
 
-    def _head(self) -> str:
+    def on_tab_row_wanted(self, message: TabRow.Wanted) -> None:
+        """Show the group whose name was clicked."""
+        self._group = message.key
+        self._show_rows()
+
+    def action_next_group(self, direction: int) -> None:
+        """Show the next group or the one before."""
+        groups = list(self._groups)
+        if self._group in groups:
+            self._group = groups[(groups.index(self._group) + direction) % len(groups)]
+            self._show_rows()
+
+    @property
+    def _groups(self) -> dict[str, list[RunInfo]]:
+        """The runs of each kind of which there are some."""
+        kinds = {key: [info for info in self._infos.values() if group_of(info) == key] for key in GROUPS}
+        return {key: infos for key, infos in kinds.items() if infos}
+
+    def _show_rows(self) -> None:
+        """Show the runs of the group that the filter lets through."""
+        words, groups = self._filter.value.lower().split(), self._groups
+        found = {key: [info for info in infos if matches(info, words)] for key, infos in groups.items()}
+        if self._group not in groups:
+            self._group = next(iter(groups), "")
+        if words and not found.get(self._group):  # what is sought is in another group
+            self._group = next((key for key, infos in found.items() if infos), self._group)
+        self.query_one(TabRow).names = tuple((key, _group_name(key, found[key], groups[key])) for key in groups)
+        self.query_one(TabRow).current = self._group
+        self._list.show(found.get(self._group, ()), marked=self._marked, sparks=self._sparks)
+        self._tell(self._head(sum(map(len, found.values()))))
+        self.refresh_bindings()
+        self._look_closer()
+
+    def _tell(self, head: str) -> None:
+        """Say what is listed, as the panel's title; a title repaints even where it is the same."""
+        if head != self._told:
+            self._told = head
+            self.query_one("#runs-of").border_title = Content(head)
+
+    def _head(self, shown: int) -> str:
         root, count = plain(str(self._runs_root), one_line=True), len(self._infos)
         if not count:
             return f"No runs yet in {root}. Escape goes back, r starts one."
-        fewer = f"{self._count} of " if self._count != count else ""
+        fewer = f"{shown} of " if shown != count else ""
         return f"{fewer}{count} run{'s' * (count != 1)} in {root}"
 
     def why_not(self, action: str) -> str:
         """Return why a key does nothing now: there is no run under the cursor, or the key is not for such a run."""
         if action not in _OF_A_RUN:
-            return ""
+            return "There is no other group." if action == "next_group" and len(self._groups) < 2 else ""
         info = self._chosen if self.is_mounted else None
         if info is None:
             return "There is no run to do that with."
@@ -134,10 +205,23 @@ class RunsScreen(OfferingScreen[None]):
         shows_result = action == "merge" and info.job == "merge"
         return _why_no_adapter(info, action) if action in ("audit", "merge") and not shows_result else ""
 
-    def on_data_table_row_highlighted(self, event: DataTable.RowHighlighted) -> None:
-        """Offer the keys that are for the run under the cursor."""
+    def on_option_list_option_highlighted(self, event: OptionList.OptionHighlighted) -> None:
+        """Show the run under the cursor, and offer the keys that are for it."""
         event.stop()
         self.refresh_bindings()
+        self._look_closer()
+
+    def _look_closer(self) -> None:
+        info = self._chosen
+        if info is None:
+            self._looked_at = None
+            self.query_one(RunPreview).show(None, "" if self._infos or not self._told else self._head(0))
+            return
+        older = [one for one in self._groups.get("train", []) if (one.started_at or 0.0) < (info.started_at or 0.0)]
+        wanted = (info, older[0] if older and group_of(info) == TRAIN else None)
+        if wanted != self._looked_at:
+            self._looked_at = wanted
+            self._read_closer(*wanted)
 
     def action_resume(self) -> None:
         """Continue the chosen run and watch it."""
@@ -149,9 +233,9 @@ class RunsScreen(OfferingScreen[None]):
         self._filter.set_class(True, "-shown")
         self._filter.focus()
 
-    def action_to_table(self) -> None:
+    def action_to_list(self) -> None:
         """Go from the filter to the list."""
-        self._table.focus()
+        self._list.focus()
 
     def action_mark(self) -> None:
         """Mark the chosen run for a comparison, or take the mark back."""
@@ -222,16 +306,16 @@ class RunsScreen(OfferingScreen[None]):
         if self._filter.has_class("-shown"):
             self._filter.value = ""
             self._filter.set_class(False, "-shown")
-            self._table.focus()
+            self._list.focus()
         else:
             self.dismiss()
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
         """Go from the filter to the list, after Enter."""
         event.stop()
-        self._table.focus()
+        self._list.focus()
 
-    def on_data_table_row_selected(self, event: DataTable.RowSelected) -> None:
+    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         """Watch the chosen run, after Enter or a click on it."""
         event.stop()
         if self._chosen is not None:
@@ -274,11 +358,22 @@ class RunsScreen(OfferingScreen[None]):
 
     @work(thread=True, exclusive=True, group="list")
     def _read(self) -> None:
-        self.post_message(self.Listed(self._lister(self._runs_root)))
+        infos = self._lister(self._runs_root)
+        known = {name: info for name, info in self._infos.items() if name in self._sparks and not info.status.live}
+        sparks = {
+            info.name: self._sparks[info.name] if info == known.get(info.name) else _spark_of(info)
+            for info in infos
+            if group_of(info) == TRAIN
+        }
+        self.post_message(self.Listed(infos, sparks))
+
+    @work(thread=True, exclusive=True, group="closer")
+    def _read_closer(self, info: RunInfo, before: RunInfo | None) -> None:
+        self.post_message(self.LookedCloser(look_closer(info, before)))
 
     @property
-    def _table(self) -> RunsTable:
-        return self.query_one(RunsTable)
+    def _list(self) -> RunsList:
+        return self.query_one(RunsList)
 
     @property
     def _filter(self) -> Input:
@@ -286,7 +381,18 @@ class RunsScreen(OfferingScreen[None]):
 
     @property
     def _chosen(self) -> RunInfo | None:
-        return self._table.chosen
+        return self._list.chosen
+
+
+def _group_name(key: str, found: list[RunInfo], infos: list[RunInfo]) -> str:
+    """Return a group's name with how many runs it has, and a mark where one of them is alive."""
+    fewer = f"{len(found)}/" if len(found) != len(infos) else ""
+    return f"{GROUPS[key]} {fewer}{len(infos)}{' ●' if any(info.status.live for info in infos) else ''}"
+
+
+def _spark_of(info: RunInfo) -> str:
+    """Return the losses of a run in one row, from a few steps of its log."""
+    return spark([event.loss for event in sample_steps(info.paths.events, _SPARK_STEPS)])
 
 
 def _why_no_adapter(info: RunInfo, action: str) -> str:
