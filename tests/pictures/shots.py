@@ -138,7 +138,7 @@ SHOTS = (
         "merge-done",
         "MergeProgressScreen",
         "A merge that was verified",
-        (("o", "merge-"), ("type:/merge-", ""), ("enter", ""), ("m", "verified")),
+        (("o", "Merges"), ("type:/merge-", ""), ("enter", ""), ("m", "verified")),
     ),
     Shot("audit", "AuditScreen", "What 4 bits cost this adapter", (("a", "Audit"), ("", "held"))),
     Shot("audit-ask", "AskAudit", "Asking for an audit", (("o", "demo-"), ("end", ""), ("a", "Start"))),

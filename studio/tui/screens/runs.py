@@ -40,7 +40,7 @@ _OF_A_RUN = ("resume", "mark", "compare", "audit", "merge", "note", "remove")
 class RunsScreen(OfferingScreen[None]):
     """The list of runs, one group at a time. Enter opens one."""
 
-    HELP = "All runs, the newest first. What is made of a run (merge, audit, another round) starts here."
+    HELP = "The runs of each kind, the newest first. What is made of a run (merge, audit, another round) starts here."
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("tab", "next_group(1)", "Group", priority=True),
         Binding("shift+tab", "next_group(-1)", "Group before", show=False, priority=True),
@@ -358,13 +358,11 @@ class RunsScreen(OfferingScreen[None]):
 
     @work(thread=True, exclusive=True, group="list")
     def _read(self) -> None:
-        infos = self._lister(self._runs_root)
-        known = {name: info for name, info in self._infos.items() if name in self._sparks and not info.status.live}
-        sparks = {
-            info.name: self._sparks[info.name] if info == known.get(info.name) else _spark_of(info)
-            for info in infos
-            if group_of(info) == TRAIN
-        }
+        infos, sparks = self._lister(self._runs_root), {}
+        for info in (one for one in infos if group_of(one) == TRAIN):
+            sparks[info.name] = self._sparks.get(info.name, "")
+            if info != self._infos.get(info.name):
+                sparks[info.name] = spark([event.loss for event in sample_steps(info.paths.events, _SPARK_STEPS)])
         self.post_message(self.Listed(infos, sparks))
 
     @work(thread=True, exclusive=True, group="closer")
@@ -388,11 +386,6 @@ def _group_name(key: str, found: list[RunInfo], infos: list[RunInfo]) -> str:
     """Return a group's name with how many runs it has, and a mark where one of them is alive."""
     fewer = f"{len(found)}/" if len(found) != len(infos) else ""
     return f"{GROUPS[key]} {fewer}{len(infos)}{' ●' if any(info.status.live for info in infos) else ''}"
-
-
-def _spark_of(info: RunInfo) -> str:
-    """Return the losses of a run in one row, from a few steps of its log."""
-    return spark([event.loss for event in sample_steps(info.paths.events, _SPARK_STEPS)])
 
 
 def _why_no_adapter(info: RunInfo, action: str) -> str:
