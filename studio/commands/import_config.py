@@ -2,12 +2,13 @@
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from studio.commands.options import add_json, add_set
-from studio.commands.terminal import DONE, NO, say, table, write_json
+from studio.commands.terminal import DONE, NO, say, table, width_of_terminal, write_json
 from studio.core.errors import BadInput, StudioError
 from studio.core.foreign.carry import Carried, Carrier, Left, as_number
 from studio.core.foreign.rows import SHARE
@@ -171,8 +172,9 @@ def _tell(carrier: Carrier, problems: list[str], path: Path, out: Path | None) -
     """Tell on stdout where the recipe is in a file, else on stderr."""
     to = sys.stdout if out else sys.stderr
 
-    def tell(text: str = "") -> None:
-        say(text, to=to)
+    def tell(text: str = "", indent: str = "") -> None:
+        lines = textwrap.wrap(text, width_of_terminal(), subsequent_indent=indent, break_on_hyphens=False)
+        say("\n".join(lines), to=to)
 
     given = [one for one in carrier.carried.values() if one.setting]
     rest = [one for one in carrier.carried.values() if not one.setting]
@@ -180,15 +182,15 @@ def _tell(carrier: Carrier, problems: list[str], path: Path, out: Path | None) -
     where = f", in {out}" if out else ""
     tell(f"{carrier.tool}'s {path.name}: {whole} settings, {len(given)} fields of the recipe{where}")
     tell()
-    tell(table([["there", "here"], *([one.setting.words if one.setting else "", _field(one)] for one in given)]))
+    say(table([["there", "here"], *([one.setting.words if one.setting else "", _field(one)] for one in given)]), to=to)
     if near := [one for one in carrier.carried.values() if one.note]:
         tell()
         tell("not quite the same:")
         for one in near:
-            tell(f"  {_field(one)}: {one.note}")
+            tell(f"  {_field(one)}: {one.note}", "    ")
     if rest:
         tell()
-        tell(f"what {carrier.tool} does where the file says nothing: {', '.join(map(_field, rest))}")
+        tell(f"what {carrier.tool} does where the file says nothing: {', '.join(map(_field, rest))}", "  ")
     for title, left in (
         ("not carried, and the training differs", [one for one in carrier.left if one.matters]),
         ("not carried, and nothing is lost", [one for one in carrier.left if not one.matters]),
@@ -197,7 +199,7 @@ def _tell(carrier: Carrier, problems: list[str], path: Path, out: Path | None) -
             tell()
             tell(f"{title}:")
             for why, ones in _by_reason(left).items():
-                tell(f"  {', '.join(_place(one) for one in ones)}: {why}")
+                tell(f"  {', '.join(_place(one) for one in ones)}: {why}", "    ")
     for problem in problems:
         tell(f"problem: {problem}")
     if out:

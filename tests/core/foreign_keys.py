@@ -44,6 +44,8 @@ mlflow_experiment_name use_comet comet_project_name use_mlflow use_ray ray_num_w
 image_size image_resize_algorithm liger_rope liger_rms_norm liger_glu_activation liger_layer_norm
 liger_fused_linear_cross_entropy liger_cross_entropy cut_cross_entropy activation_offloading dpo_beta debug
 generate_samples num_generation_samples gemma4_hybrid_attn_impl use_otel_metrics expert_parallel_size tiled_mlp
+use_scattermoe experts_implementation quantize_moe_experts fused_attn_kernel liger_rms_norm_gated moe_bnb_fast
+moe_dequant_chunk_size
 """
 
 LLAMA_FACTORY = """

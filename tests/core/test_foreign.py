@@ -130,6 +130,24 @@ def test_what_a_tool_does_where_nothing_is_said_is_carried_too() -> None:
     assert all(one.setting is None for one in _factory().carried.values())
 
 
+def test_the_handbooks_mixture_keeps_its_splits() -> None:
+    carrier = _trl(
+        model_name_or_path="a/b", use_peft=True, load_in_4bit=True, use_bnb_nested_quant=True, beta=0.01,
+        dataset_mixer={"owner/pairs": 1.0}, dataset_splits=["train_prefs", "test_prefs"],
+    )  # fmt: skip
+    assert _values(
+        carrier,
+        "method",
+        "model.double_quant",
+        "train.objective",
+        "train.beta",
+        "data.path",
+        "data.split",
+        "data.eval_path",
+    ) == ("qlora", True, "dpo", 0.01, "owner/pairs", "train_prefs", "owner/pairs:test_prefs")
+    assert _left(carrier) == {}
+
+
 def test_llama_factorys_data_sets_are_looked_up() -> None:
     one = _factory(
         model_name_or_path="a/b", dataset="own", quantization_bit=4, double_quantization=False, mask_history=True
@@ -180,6 +198,10 @@ def test_what_cannot_be_said_in_a_recipe_is_told_and_matters() -> None:
     assert all(matters for _, matters in told.values())
     assert "1 to 1024" in told["lora_r"][0]
     assert "8-bit" in carrier.carried["method"].note
+    four = _axolotl(
+        load_in_4bit=True, bnb_config_kwargs={"bnb_4bit_use_double_quant": False, "bnb_4bit_quant_type": "fp4"}
+    )
+    assert _values(four, "method", "model.double_quant", "model.quant_type") == ("qlora", False, "fp4")
     assert _left(_axolotl(adam_beta2=0.999, bf16="auto", fsdp=None, weight_decay=0.0, report_to="none")) == {}
 
 

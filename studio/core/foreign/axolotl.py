@@ -42,7 +42,7 @@ _DEFAULTS = {
 _REASONS = (
     Reason(
         "a 4-bit base is NF4 by bitsandbytes here",
-        "peft gptq bnb_config_kwargs model_quantization_config*",
+        "peft gptq quantize_moe_experts model_quantization_config*",
         matters=True,
     ),
     Reason(
@@ -137,6 +137,9 @@ def _method(carrier: Carrier) -> None:
             given, "weights are trained through LoRA alone: a rate for all weights is about ten times too low"
         )
         carrier.put("method", "lora")
+    details = carrier.take("bnb_config_kwargs")
+    for name, value in details.value.items() if details and isinstance(details.value, Mapping) else ():
+        carrier.open[str(name)] = Setting(f"bnb_config_kwargs: {name}", value, details.line if details else 0)
     carry_four_bits(carrier)
 
 

@@ -9,7 +9,7 @@ from studio.core.recipe import FIELDS, Recipe
 from studio.core.text import plain
 from studio.core.value_kinds import Number, found_value
 
-_LONGEST_VALUE = 60
+_LONGEST_VALUE = 44
 
 
 @dataclass(frozen=True, slots=True)

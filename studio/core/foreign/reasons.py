@@ -60,17 +60,18 @@ REASONS = (
     ),
     Reason(
         "kernels and forms of that tool: what they compute is the same, and this loop saves the memory in its own way",
-        "unsloth_* use_unsloth use_unsloth_gc liger_* use_liger_kernel enable_liger_kernel cut_cross_entropy "
-        "lora_mlp_kernel lora_qkv_kernel lora_o_kernel lora_embedding_kernel flash_attn_* use_kernels "
-        "use_v1_kernels flash_optimum pad_to_sequence_len pad_to_multiple_of padding_free batch_flattening "
-        "eval_sample_packing eval_packing multipack_real_batches sample_packing_* packing_strategy "
-        "use_reentrant_gc gradient_checkpointing_kwargs activation_checkpointing_kwargs torch_compile_backend "
-        "torch_compile_mode tf32 upcast_* use_cache use_kv_cache flex_attn_compile_kwargs torch_empty_cache_steps "
-        "average_tokens_across_devices remove_unused_columns fast_inference gpu_memory_utilization max_lora_rank "
-        "float8_kv_cache embeddings_skip_upcast gemma4_hybrid_attn_impl peft_autocast_adapter_dtype "
-        "runtime_config unsloth_tiled_mlp use_exact_model_name bf16_full_eval fp16_full_eval "
-        "bnb_4bit_compute_dtype bnb_4bit_quant_storage llm_int8_* tiled_mlp* loss_type_impl "
-        "quantization_device_map scaling_softmax qlora_sharded_model_loading",
+        "unsloth_* use_scattermoe experts_implementation fused_attn_kernel moe_* use_unsloth use_unsloth_gc "
+        "liger_* use_liger_kernel enable_liger_kernel cut_cross_entropy lora_mlp_kernel lora_qkv_kernel "
+        "lora_o_kernel lora_embedding_kernel flash_attn_* use_kernels use_v1_kernels flash_optimum "
+        "pad_to_sequence_len pad_to_multiple_of padding_free batch_flattening eval_sample_packing eval_packing "
+        "multipack_real_batches sample_packing_* packing_strategy use_reentrant_gc gradient_checkpointing_kwargs "
+        "activation_checkpointing_kwargs torch_compile_backend torch_compile_mode tf32 upcast_* use_cache "
+        "use_kv_cache flex_attn_compile_kwargs torch_empty_cache_steps average_tokens_across_devices "
+        "remove_unused_columns fast_inference gpu_memory_utilization max_lora_rank float8_kv_cache "
+        "embeddings_skip_upcast gemma4_hybrid_attn_impl peft_autocast_adapter_dtype runtime_config "
+        "unsloth_tiled_mlp use_exact_model_name bf16_full_eval fp16_full_eval bnb_4bit_compute_dtype "
+        "bnb_4bit_quant_storage llm_int8_* tiled_mlp* loss_type_impl quantization_device_map scaling_softmax "
+        "qlora_sharded_model_loading",
     ),
     Reason(
         "the end and the padding of a row follow from the model's tokenizer and chat template",

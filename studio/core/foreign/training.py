@@ -22,6 +22,8 @@ _OPTIMIZERS = {
     "adamw_hf": "adamw_torch",
     "adamw_bnb_8bit": "adamw_8bit",
     "adamw_8bit": "adamw_8bit",
+    "adamw_torch_8bit": "adamw_8bit",
+    "ao_adamw_8bit": "adamw_8bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
     "paged_adamw_32bit": "paged_adamw_32bit",
     "paged_adamw": "paged_adamw_32bit",

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from studio.core.foreign.carry import Carrier, Setting, as_number, as_switch
+from studio.core.foreign.carry import Carrier, Setting, as_number, as_switch, names_in
 from studio.core.foreign.reasons import REASONS, Reason
 from studio.core.foreign.rows import Rows, carry_held_out, carry_rows, with_split
 from studio.core.foreign.training import (
@@ -171,7 +171,15 @@ def _data(carrier: Carrier) -> None:
         rows = Rows(str(named.value), str(config.value) if config else "")
         carry_rows(carrier, named, [with_split(carrier, rows, split)])
     elif mixture:
-        carry_rows(carrier, mixture, _mixed(carrier, mixture))
+        mixed = _mixed(carrier, mixture)
+        splits = carrier.take("dataset_splits")
+        names = names_in(splits.value) or [] if splits else []
+        of_training = [name for name in names if not name.startswith(("test", "val"))]
+        for one in mixed if of_training else ():
+            one.split = of_training[0]
+        carry_rows(carrier, mixture, mixed)
+        if mixed and (held := [name for name in names if name not in of_training]):
+            carrier.put("data.eval_path", Rows(mixed[0].path, mixed[0].config, held[0]).word, splits)
     if (test := carrier.take("dataset_test_split")) and named:
         carrier.put("data.eval_path", Rows(str(named.value), split=str(test.value)).word, test)
     for name in ("dataset_splits", "test_split_size"):
