@@ -199,6 +199,8 @@ def _zsh(verbs: list[_Verb]) -> Iterator[str]:
     yield "autoload -U +X bashcompinit && bashcompinit"
     yield from _bash_function(verbs)
     yield "complete -o filenames -F _lora_studio lora-studio"
+    yield "# The first time, zsh reads this file as the function that completes."
+    yield '[[ "${funcstack[1]}" = "_lora-studio" ]] && _bash_complete -o filenames -F _lora_studio'
 
 
 def _fish(verbs: list[_Verb]) -> Iterator[str]:
@@ -207,9 +209,9 @@ def _fish(verbs: list[_Verb]) -> Iterator[str]:
     yield "    set -l said (commandline -opc)[2..]"
     yield "    set -l verbs"
     yield "    for word in $said"
-    yield "        contains -- (string join ' ' $verbs $word) $__lora_studio_verbs; and set -a verbs $word"
+    yield '        contains -- (string trim -- "$verbs $word") $__lora_studio_verbs; and set -a verbs $word'
     yield "    end"
-    yield "    test (string join ' ' $verbs) = (string join ' ' $argv)"
+    yield '    test "$verbs" = "$argv"'
     yield "end"
     yield f"set -g __lora_studio_verbs {' '.join(_quoted(one.path) for one in verbs if one.words)}"
     yield "complete -c lora-studio -f"
@@ -228,7 +230,8 @@ def _fish_option(option: _Option) -> str:
     kind = _wanted(option)
     live = f"(lora-studio completion --names {kind} 2>/dev/null)" if kind in _LIVE else ""
     values = " ".join(option.words) or live
-    needs = f"{'-r ' if option.names else ''}{'-F ' if kind in ('files', 'recipes') else ''}"
+    takes_files = kind in ("files", "recipes")
+    needs = ("-r -F " if takes_files else "-x ") if option.names else ("-F " if takes_files else "")
     return f"{flags} {needs}{f'-a {_quoted(values)} ' if values else ''}-d {_quoted(option.help)}".strip()
 
 

@@ -5,6 +5,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from studio.cli import VERBS
 from tests.cli.conftest import Cli
 from tests.fakes.runs import make_run
@@ -74,6 +76,24 @@ def test_every_shell_gets_every_verb_and_the_manual_too(cli: Cli, home: Path, tm
         )
         assert done.stderr == ""
         assert "--no-double-quant" in done.stdout
+
+
+@pytest.mark.skipif(not shutil.which("fish"), reason="fish is not here")
+def test_fish_offers_what_can_stand_there(cli: Cli, home: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("")
+    (tmp_path / "script").write_text(cli("completion", "fish").out)
+    lines = ("runs --runs-dir . sh", "plan --method q", "data check ro", "plan --rank ")
+    asked = "; ".join(f"complete -C 'lora-studio {line}'; echo ." for line in lines)
+    done = subprocess.run(
+        ["fish", "--no-config", "-c", f"source script; {asked}"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    assert done.stderr == ""
+    offered = [line.partition("\t")[0] for line in done.stdout.splitlines()]
+    assert offered == ["show", ".", "qlora", ".", "rows.jsonl", ".", "."]
 
 
 def test_names_are_those_of_the_runs_and_recipes(cli: Cli, home: Path) -> None:
