@@ -20,6 +20,7 @@ _BRAILLE_LOOKS = " .-:-::|'|:|':||"
 """Indexed by the rows that hold dots: the sum of 1 for the lowest row, 2, 4, and 8 for the top row."""
 
 _ASCII = dict(zip("█▓▒░▚≡◦·•●○◂▸▲▼◆┃…←→↑↓⏎⇧⌫", "#%+:x=o.*OO<>^v*|.<><>~^<", strict=False)) | {"↑": "^", "↓": "v"}
+_ASCII |= dict(zip("■✓✗◌‖“”", '#+xo=""', strict=True))
 
 
 class SafeOutput(LineFilter):

@@ -50,6 +50,7 @@ def test_clean_rows_are_left_as_they_are() -> None:
 def test_glyphs_keep_what_they_say() -> None:
     parts = written("█▓▒░▚≡◦", SafeOutput(drawable("ascii")))
     assert len(set(parts)) == 7, "the parts of a gauge differ without colour"
+    assert len(set(written("●◌✓■✗‖", SafeOutput(drawable("ascii"))))) == 6, "so do the marks of a run's status"
     assert written("━━●──", SafeOutput(drawable("ascii"))) == "--O--"
     assert [ascii_of(character) for character in "│┼╭▲é"] == ["|", "+", "+", "^", "e"]
     assert (ascii_of("⠉"), ascii_of("⣀"), ascii_of("⠀"), ascii_of("⡇")) == ("'", ".", " ", "|")

@@ -21,7 +21,7 @@ from studio.runs.summary import differing_fields, gain_of
 from studio.runs.watch import read_history
 from studio.tui.panels.outcome import TRAIN
 from studio.tui.panels.runs_list import GLYPHS, LONGEST, group_of
-from studio.tui.readable import duration, number
+from studio.tui.readable import duration, number, setting
 from widgets.line_plot import Curve, LinePlot
 
 _READ_WHOLE_BYTES = 512 * 1024
@@ -139,8 +139,9 @@ def _standing(closer: Closer) -> Content:
     steps = f"  step {info.last_step}{total}" if group_of(info) == TRAIN and info.last_step is not None else ""
     seconds = history.seconds if history is not None else None
     took = f"  {duration(seconds)}" if seconds is not None else ""
-    left = f", {duration(history.eta_seconds)} left" if info.status.live and history and history.eta_seconds else ""
-    return Content.assemble((f"{glyph} {info.status}", f"{colour} bold"), f"{steps}{took}{left}")
+    if info.status.live and history is not None and history.eta_seconds:
+        took = f"  {duration(history.eta_seconds)} left"
+    return Content.assemble((f"{glyph} {info.status}", f"{colour} bold"), f"{steps}{took}")
 
 
 def _what(closer: Closer) -> Content:
@@ -152,7 +153,7 @@ def _what(closer: Closer) -> Content:
     method = {"qlora": "QLoRA, 4-bit base", "lora": "LoRA, 16-bit base"}[recipe.method]
     data = ", ".join(plain(word, one_line=True, limit=60) for word in recipe.data.words)
     return Content.assemble(
-        (model, "bold"), f"\n{method}, rank {recipe.adapter.rank}, alpha {recipe.adapter.alpha}  on  {data}"
+        (model, "bold"), f"\n{method}, rank {recipe.adapter.rank}, alpha {setting(recipe.adapter.alpha)}  on  {data}"
     )
 
 

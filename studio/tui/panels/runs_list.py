@@ -167,6 +167,9 @@ def _two_lines(row: Row, pieces: dict[str, str], wide: dict[str, int], what: tup
         if _INDENT + sum(cell_len(text) + 2 for text in shown.values()) - 2 <= width:
             break
         shown.pop(key, None)
+    else:
+        if "held_out" in shown:
+            shown["held_out"] = f"held-out {row.held_out}"
     styles = {"status": colour, "warned": "$text-warning", "note": "$text-accent", "started": "$text-muted"}
     tail: list[str | tuple[str, str]] = []
     for key, text in shown.items():

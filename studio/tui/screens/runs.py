@@ -44,6 +44,7 @@ class RunsScreen(OfferingScreen[None]):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("tab", "next_group(1)", "Group", priority=True),
         Binding("shift+tab", "next_group(-1)", "Group before", show=False, priority=True),
+        Binding("slash", "filter", "Filter"),
         *offered("R", "resume", "Resume"),
         *offered("space", "mark", "Mark"),
         *offered("c", "compare", "Compare"),
@@ -51,7 +52,6 @@ class RunsScreen(OfferingScreen[None]):
         *offered("m", "merge", "Merge"),
         *offered("n", "note", "Note"),
         *offered("d", "remove", "Delete"),
-        Binding("slash", "filter", "Filter"),
         Binding("down", "to_list", "To the list", show=False),
         Binding("question_mark", "app.help", "Help", key_display="?"),
         Binding("escape", "leave", "Back"),
