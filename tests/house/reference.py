@@ -1,7 +1,9 @@
 """Makes the pages of docs/reference/ from the code: `make docs`, or `python -m tests.house.reference`.
 
 Fields come from their declarations, verbs from the parser, the run folder and its events from the docstrings of the
-code that names them, and the JSON documents from documents that the verbs print here.
+code that names them, and the JSON documents from documents that the verbs print here. Verbs that load a model take a
+minute: the keys of what they print are kept in tests/data/json_keys.json. `python -m tests.house.reference --record`
+has them printed anew, and a slow test compares.
 """
 
 import argparse
@@ -12,8 +14,9 @@ import json
 import os
 import re
 import shlex
+import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -22,12 +25,15 @@ from unittest.mock import patch
 from studio.cli import main, whole_parser
 from studio.commands.recipes import field_reference, field_rows
 from studio.core.events import KINDS, Evaluated, Finished, Planned, Saved, Started, StepDone
+from studio.probe.cards import Card, CardProcess
+from studio.probe.device import Sight
 from studio.runs.layout import RunPaths
 from studio.runs.recipe_file import load_recipe, shipped_recipes
 from tests.fakes.runs import make_run, write_log
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "docs" / "reference"
+RECORDED = ROOT / "tests" / "data" / "json_keys.json"
 _NOTE = "<!-- made by `make docs`: edit the code, not this page -->"
 _TYPES = {bool: "true or false", int: "integer", float: "number", str: "text", type(None): "null"}
 _TOLD = {
@@ -38,6 +44,13 @@ _TOLD = {
     "counts": "object: kinds of findings, and how many there are",
     "files": "object: names of files, and their bytes",
     "left_out": "object: reasons, and how many rows are left out for them",
+    "choices[].settings": "object: fields of the recipe by path",
+    "machine": "object: as `doctor --json` prints it",
+    "estimate": "object: as `plan --json` prints it",
+    "report.blocks[].drift": "object: forms, and the drift of each",
+    "report.blocks[].weight_error": "object: forms, and the error of each",
+    "report.answers.rows[].answers": "object: forms, each with text, tokens, stopped and scores",
+    "report.answers.checks[].scores": "object: forms, each with mean and more, both with value, low and high",
 }
 """Objects whose keys differ from case to case, or stand elsewhere already."""
 _OF_THE_MACHINE = ("machine", "torch", "calibration")
@@ -50,7 +63,7 @@ writer; it appears whole, or it only ever grows. Only what a run needed is there
 _EVENTS = """One event a line. Each has `schema`, `kind` and `at`, unix seconds. A field that is null is left out; a
 number that is none (NaN, infinity) is null, with `<field>_nonfinite` beside it. A reader passes over kinds that it does
 not know."""
-_JSON = """What verbs print with `--json`, key by key, as found in documents that were printed while this page was made.
+_JSON = """What verbs print with `--json`, key by key, as found in documents that were printed to make this page.
 `[]` is each entry of a list. Where only null is told, nothing was known in these cases; in others there is a value.
 Keys are added in later versions; none is taken away.
 
@@ -195,19 +208,51 @@ def _documents() -> str:
         _NOTE,
         _JSON,
     ]
+    found = _found(_printed) | json.loads(RECORDED.read_text("utf-8"))
+    for title in sorted(found):
+        lines += [f"## {title}", f"`lora-studio {found[title]['command']}`", _key_table(found[title]["keys"])]
+    return "\n\n".join(lines)
+
+
+def recorded() -> dict[str, dict[str, Any]]:
+    """Return by title the command and the keys of the documents that take a model, as real jobs print them now."""
+    return _found(_printed_by_jobs)
+
+
+def _found(printed: Callable[[Path], Iterator[tuple[str, list[list[str]]]]]) -> dict[str, dict[str, Any]]:
+    """Print documents in a folder of their own; return by title the command, and each key with its kinds of value."""
+    made: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
         settings = {"LORA_STUDIO_HOME": name, "HF_HUB_OFFLINE": "1", "HF_HOME": f"{name}/hub", "COLUMNS": "80"}
-        with patch.dict(os.environ, settings), chdir(folder):
-            for title, words in _printed(folder):
-                found: dict[str, set[str]] = {}
+        with patch.dict(os.environ, settings), chdir(name):
+            for title, words in printed(Path(name)):
+                kinds: dict[str, set[str]] = {}
                 for each in words:
                     for key, kind in _keys(_print(each)):
                         if not (title == "doctor" and key.startswith(_OF_THE_MACHINE)):
-                            found.setdefault(key, set()).add(kind)
-                shown = shlex.join(words[0]).replace(f"{name}/", "")
-                lines += [f"## {title}", f"`lora-studio {shown}`", _key_table(found)]
-    return "\n\n".join(lines)
+                            kinds.setdefault(key, set()).add(kind)
+                shown = re.sub(r"-\d{8}-\d{6}", "-DATE", shlex.join(words[0]).replace(f"{name}/", ""))
+                keys = {key: sorted(kind, key=lambda one: (one == "null", one)) for key, kind in kinds.items()}
+                made[title] = {"command": shown, "keys": keys}
+    return made
+
+
+def _printed_by_jobs(folder: Path) -> Iterator[tuple[str, list[list[str]]]]:
+    """Yield what jobs print of a tiny model, in the form of `_printed`."""
+    from tests.fakes.tiny_model import make_tiny_model
+
+    make_tiny_model(folder / "tiny")
+    rows = [{"prompt": f"what is {n}", "completion": f"{n} is {n}"} for n in range(80)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    of_tiny = ["--model", "tiny", "--data", "rows.jsonl", "--seq", "64"]
+    yield "data show", [["data", "show", "rows.jsonl", "--model", "tiny", "--row", "1", "--json"]]
+    yield "measure", [["measure", *of_tiny, "--gpu", "RTX 4090", "--json"]]
+    yield "audit base", [["audit", "base", *of_tiny, "--rows", "16", "--keep", "1", "--json"]]
+    sets = ("train.learning_rate=1e-3", "eval.rows=16", "eval.samples=0", "adapter.rank=4", "device.device=cpu")
+    words = ["train", "demo", *of_tiny, "--steps", "2", *(word for one in sets for word in ("--set", one)), "--json"]
+    run = _print(words)["run"]
+    yield "chat", [["chat", run, "--prompt", "what is 1", "--max-tokens", "4", "--json"]]
+    yield "audit run", [["audit", "run", run, "--answers", "2", "--answer-tokens", "4", "--json"]]
 
 
 def _printed(folder: Path) -> Iterator[tuple[str, list[list[str]]]]:
@@ -234,10 +279,18 @@ def _printed(folder: Path) -> Iterator[tuple[str, list[list[str]]]]:
         Saved(at=5.0, what="adapter", path="adapter", step=1, size_bytes=32),
         Finished(at=6.0, outcome="done", step=1, seconds=5.0),
     )  # fmt: skip
+    card = Card(
+        0, "NVIDIA GeForce RTX 4090", "GPU-0", 24 * 2**30, 2**30, 23 * 2**30, (8, 9), 3, 47, 61.5,
+        processes=(CardProcess(7, "python", 2**30),), mig=False, pci="00000000:01:00.0",
+    )  # fmt: skip
     plan = ["plan", _SHIPPED, "--gpu", "RTX 4090", "--json"]
     yield "plan", [plan, ["plan", _SHIPPED, "--method", "qlora", "--vram-gib", "8", "--json"]]
     yield "fit", [["fit", _SHIPPED, "--gpu", "RTX 4070", "--json"], ["fit", _SHIPPED, "--vram-gib", "4", "--json"]]
     yield "data check", [["data", "check", str(good), "--json"], ["data", "check", str(bad), "--json"]]
+    yield "setup", [["setup", "--model", str(model), "--data", str(good), "--gpu", "RTX 4090", "--json"]]
+    with patch("studio.commands.gpus.look", lambda: Sight([card])):
+        yield "gpus", [["gpus", "--json"]]
+    yield "models", [["models", "--json"]]
     yield "models check", [["models", "check", str(model), "--json"]]
     theirs = folder / "theirs.yml"
     theirs.write_text("base_model: owner/model\nadapter: lora\ndatasets: [{path: rows.jsonl}]\nlogging_steps: 1\n")
@@ -253,9 +306,10 @@ def _printed(folder: Path) -> Iterator[tuple[str, list[list[str]]]]:
 
 
 def _print(words: list[str]) -> Any:
-    out = io.StringIO()
-    with redirect_stdout(out), redirect_stderr(io.StringIO()):
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
         main(words)
+    assert out.getvalue(), f"lora-studio {shlex.join(words)} printed no document: {err.getvalue()}"
     return json.loads(out.getvalue())
 
 
@@ -277,16 +331,14 @@ def _keys(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
         yield path, _TYPES[type(value)]
 
 
-def _key_table(found: Mapping[str, set[str]]) -> str:
+def _key_table(found: Mapping[str, Sequence[str]]) -> str:
     """Return the table; an empty list or object whose entries another document has is told by these."""
     rows = []
     for key, kinds in found.items():
         inner = any(other.startswith((f"{key}[]", f"{key}.")) for other in found)
-        if inner and kinds <= {"list", "object"}:
+        if inner and set(kinds) <= {"list", "object"}:
             continue
-        if inner:
-            kinds = {"null where not known"}  # noqa: PLW2901  its keys are told beside it
-        rows.append(f"| `{key}` | {' or '.join(sorted(kinds, key=lambda kind: (kind == 'null', kind)))} |")
+        rows.append(f"| `{key}` | {'null where not known' if inner else ' or '.join(kinds)} |")
     return "\n".join(["| key | value |", "|---|---|", *rows])
 
 
@@ -303,6 +355,8 @@ def _cell(text: str) -> str:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--record"]:
+        RECORDED.write_text(json.dumps(recorded(), indent=1) + "\n", "utf-8")
     REFERENCE.mkdir(exist_ok=True)
     for page, words in pages().items():
         (REFERENCE / page).write_text(words, "utf-8")

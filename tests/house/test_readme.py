@@ -1,6 +1,7 @@
 """README and docs/ say what the program does: their links lead somewhere, and what they show is what it prints."""
 
 import argparse
+import json
 import re
 import shlex
 from pathlib import Path
@@ -11,7 +12,7 @@ from studio.cli import VERBS, whole_parser
 from studio.commands.recipes import field_reference, field_rows
 from studio.core.recipe import FIELDS
 from tests.cli.conftest import Cli, cli, home  # noqa: F401  fixtures
-from tests.house.reference import REFERENCE, pages
+from tests.house.reference import RECORDED, REFERENCE, pages, recorded
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -127,6 +128,16 @@ def made() -> dict[str, str]:
 @pytest.mark.parametrize("name", sorted(path.name for path in REFERENCE.iterdir()))
 def test_the_reference_is_current(made: dict[str, str], name: str) -> None:
     assert made.get(name) == (REFERENCE / name).read_text("utf-8"), f"docs/reference/{name} is behind: make docs"
+
+
+@pytest.mark.slow
+def test_the_recorded_documents_are_those_that_jobs_print() -> None:
+    assert recorded() == json.loads(RECORDED.read_text("utf-8")), "python -m tests.house.reference --record"
+
+
+def test_every_verb_with_json_has_its_documents_told(made: dict[str, str]) -> None:
+    told = set(re.findall(r"^## (.*)$", made["json.md"], re.MULTILINE))
+    assert told >= {"audit base", "audit run", "measure", "chat", "setup", "gpus", "models", "data show"}
 
 
 def test_every_page_of_the_reference_is_there(made: dict[str, str]) -> None:

@@ -1,119 +1,22 @@
 """The program as others get it: built, installed into a fresh environment, and used there without a network."""
 
-import importlib.metadata
 import json
 import os
 import pty
 import re
 import select
 import subprocess
-import sys
 import tarfile
-import zipfile
-from dataclasses import dataclass
-from email import message_from_bytes
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 
 from studio import __version__
 from studio.runs.recipe_file import shipped_recipes
 from tests.fakes.runs import CHECKOUT
+from tests.story.conftest import Installed, build, contents, wheel_in
 
 pytestmark = pytest.mark.slow
-
-
-def build(source: Path, out: Path, *targets: str) -> None:
-    """Build with the backend itself: what pip and build would call, without an environment that must be downloaded."""
-    words = [word for target in targets for word in ("-t", target)]
-    command = [sys.executable, "-m", "hatchling", "build", "-d", str(out), *words]
-    subprocess.run(command, cwd=source, check=True, capture_output=True, text=True)
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("dist")
-    build(CHECKOUT, out, "sdist", "wheel")
-    return out
-
-
-def wheel_in(folder: Path) -> Path:
-    (wheel,) = folder.glob("*.whl")
-    return wheel
-
-
-def contents(wheel: Path) -> dict[str, bytes]:
-    with zipfile.ZipFile(wheel) as archive:
-        return {name: archive.read(name) for name in archive.namelist()}
-
-
-@dataclass(frozen=True)
-class Installed:
-    """A fresh environment with the wheel in it."""
-
-    folder: Path
-
-    @property
-    def program(self) -> Path:
-        return self.folder / "env" / "bin" / "lora-studio"
-
-    @property
-    def environment(self) -> dict[str, str]:
-        own = {
-            "LORA_STUDIO_HOME": str(self.folder / "home"),
-            "HF_HOME": str(self.folder / "hub"),
-            "HF_HUB_OFFLINE": "1",
-        }
-        kept = {
-            key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "PIP_", "VIRTUAL_ENV"))
-        }
-        return {**kept, **own, "PIP_NO_INDEX": "1", "COLUMNS": "100", "TERM": "xterm-256color"}
-
-    def run(self, *words: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            [str(self.program), *words],
-            cwd=self.folder,
-            env=self.environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-
-
-def declared(wheel: Path) -> set[Path]:
-    """Return what the wheel's own dependencies, and theirs, have in this environment's folders of libraries."""
-    (metadata,) = (text for name, text in contents(wheel).items() if name.endswith(".dist-info/METADATA"))
-    wanted = message_from_bytes(metadata).get_all("Requires-Dist") or []
-    seen: dict[str, importlib.metadata.Distribution] = {}
-    while wanted:
-        one = Requirement(wanted.pop())
-        name = canonicalize_name(one.name)
-        if name not in seen and (one.marker is None or one.marker.evaluate({"extra": ""})):
-            seen[name] = importlib.metadata.distribution(name)
-            wanted += seen[name].requires or []
-    parts = ((found, file.parts[0]) for found in seen.values() for file in found.files or ())
-    return {Path(str(found.locate_file(part))) for found, part in parts if part not in ("..", "__pycache__")}
-
-
-@pytest.fixture(scope="module")
-def installed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
-    """The wheel beside those libraries of this environment that it asks for, and no others."""
-    folder = tmp_path_factory.mktemp("installed")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "env")], check=True)
-    libraries = folder / "libraries"
-    libraries.mkdir()
-    for path in declared(wheel_in(built)):
-        (libraries / path.name).symlink_to(path)
-    python = folder / "env" / "bin" / "python"
-    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-index", "--no-deps"]
-    subprocess.run([*install, "--disable-pip-version-check", str(wheel_in(built))], check=True)
-    (site,) = (folder / "env" / "lib").glob("python*/site-packages")
-    (site / "libraries.pth").write_text(f"{libraries}\n")
-    return Installed(folder)
 
 
 def test_the_sdist_holds_what_the_readme_shows_and_builds_the_same_wheel(built: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 TMUX = shutil.which("tmux")
-PATIENCE_SECONDS = 90.0
+PATIENCE_SECONDS = 180.0
 STUDIO = f"{sys.executable} -m studio"
 
 

@@ -144,8 +144,9 @@ def test_enter_alone_leads_from_the_machine_to_a_launched_run(tmp_path: Path, si
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         assert "RTX 3060" in shown(app)
         assert "555.1" in shown(app)
+        assert "List/text" not in shown(app), "there is no line of text to change to"
         await through(pilot, app, "model")
-        await until(pilot, lambda: "8.03 B parameters" in shown(app))
+        await until(pilot, lambda: "8.03 B parameters" in shown(app) and "tab List/text" in shown(app))
         await through(pilot, app, "data")
         await until(pilot, lambda: "591 rows" in shown(app))
         await through(pilot, app, "goal")

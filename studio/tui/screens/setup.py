@@ -66,7 +66,7 @@ class SetupScreen(Screen[SetupDone | None]):
     HELP = "Five questions that end with a recipe: machine, model, data, goal, and what follows from them."
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "back", "Back"),
-        Binding("tab", "app.focus_next", "List/text", show=True),
+        Binding("tab", "list_or_text", "List/text", show=True),
         Binding("d", "show_data", "Rows"),
         Binding("ctrl+l", "leave", "Leave the set-up"),
         Binding("question_mark", "app.help", "Help", key_display="?"),
@@ -255,8 +255,13 @@ class SetupScreen(Screen[SetupDone | None]):
         self._tell_recommendation()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Offer to show rows only where a file is chosen."""
-        return self.step == "data" if action == "show_data" else True
+        """Offer to show rows only where a file is chosen, and to change to the line of text only where there is one."""
+        where = {"show_data": ("data",), "list_or_text": ("model", "data")}
+        return self.step in where.get(action, STEPS)
+
+    def action_list_or_text(self) -> None:
+        """Change between the list and the line below it."""
+        self.focus_next()
 
     def action_show_data(self) -> None:
         """Show the rows of the file under the cursor as the chosen model reads them."""

@@ -1,11 +1,11 @@
-"""`lora-studio demo` in a shell without a terminal: real model, real data, the whole way to a merged model."""
+"""The first visit, of the program as others install it: its demo, then a file of 60 rows of one's own.
+
+Without a terminal, by verbs; `tests.story.test_first_keys` has the same by keys.
+"""
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +18,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from studio.core.recipe import Recipe
 from studio.jobs.base.data.encode import encode_rows
 from studio.probe.data import read_data, split
+from studio.probe.llama_tools import TOOLS_VARIABLE, is_whole, tools_folder
 from studio.runs.history import History
 from studio.runs.job import read_job
 from studio.runs.layout import RunPaths
 from studio.runs.log import read_events
+from tests.story.conftest import OWN_ROWS, Installed
 
 pytestmark = pytest.mark.slow
+
+LONG_SECONDS = 1500.0
 
 
 @dataclass(frozen=True)
@@ -37,20 +41,18 @@ class Demo:
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
-    """One demo with a home of its own: the embedded model is converted, too."""
-    home = tmp_path_factory.mktemp("home")
-    environment = {**os.environ, "LORA_STUDIO_HOME": str(home), "TERM": "dumb"}
-    environment.pop("OMP_NUM_THREADS", None)
-    command = [sys.executable, "-m", "studio", "demo"]
-    done = subprocess.run(
-        command, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environment, timeout=1500
-    )
+def demo(visited: Installed) -> Demo:
+    """One demo; the embedded model is converted, too."""
+    done = visited.run("demo", "--yes", timeout=LONG_SECONDS, TERM="dumb")
     assert done.returncode == 0, done.stdout + done.stderr
-    (folder,) = (home / "runs").glob("demo-*")
+    (folder,) = (visited.home / "runs").glob("demo-*")
+    return Demo(visited.home, RunPaths(folder), history_of(RunPaths(folder)), done.stdout)
+
+
+def history_of(paths: RunPaths) -> History:
     history = History()
-    history.fold(read_events(RunPaths(folder).events))
-    return Demo(home, RunPaths(folder), history, done.stdout)
+    history.fold(read_events(paths.events))
+    return history
 
 
 def test_it_learns(demo: Demo) -> None:
@@ -122,3 +124,26 @@ def test_the_merged_model_keeps_what_was_learnt(demo: Demo) -> None:
     loss = held_out_loss(model, AutoTokenizer.from_pretrained(folder), demo)
     assert math.isfinite(loss)
     assert loss <= 0.8 * demo.history.evals[0].loss
+
+
+def test_an_own_file_beats_its_base_and_becomes_a_gguf_file(
+    demo: Demo, visited: Installed, recommended: Path, tmp_path: Path
+) -> None:
+    trained = visited.run("train", str(recommended), "--json", timeout=LONG_SECONDS)
+    assert trained.returncode == 0, trained.stderr
+    summary = json.loads(trained.stdout)
+    history = history_of(RunPaths(Path(summary["path"])))
+    assert history.evals[-1].rows == OWN_ROWS // 4
+    gain = summary["gain"]
+    assert gain["improved"] is True, gain
+    assert gain["low"] < gain["value"] < gain["high"] < 0
+    tools = {TOOLS_VARIABLE: str(tools_folder())} if is_whole(tools_folder()) else {}
+    words = ("export", summary["run"], "--format", "q8_0", "--out", str(tmp_path / "out"), "--json")
+    exported = visited.run(*words, timeout=LONG_SECONDS, PIP_NO_INDEX="", **tools)
+    assert exported.returncode == 0, exported.stderr
+    (gguf,) = (tmp_path / "out").glob("*.gguf")
+    assert "Q8_0" in gguf.name
+    assert gguf.stat().st_size > 100 * 10**6
+    modelfile = (tmp_path / "out" / "Modelfile").read_text("utf-8")
+    assert f"FROM ./{gguf.name}" in modelfile
+    assert "TEMPLATE" in modelfile and "<|im_end|>" in modelfile
