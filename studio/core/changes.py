@@ -6,6 +6,7 @@ bytes and no card; `studio.core.fit` searches among these changes.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from studio.core.recipe import Recipe, number_of
@@ -19,6 +20,9 @@ _LEAST_RANK = 8
 """The smallest rank that is proposed."""
 
 _SAME, _NEARLY = "same result", "nearly the same result"
+AS_FAST = (1.0, 1.0)
+"""The time of a change that a step of padded rows does not notice, whatever the card; packed rows
+make smaller batches."""
 
 _MOST_ACCUMULATION = int(number_of("train.accumulation").high)
 
@@ -32,7 +36,7 @@ class Change:
         words: What is changed, for a user.
         price: What it costs besides memory and time, in a few words.
         why: The same in a sentence.
-        time: Lowest and highest factor on the time of a step, for where it cannot be computed.
+        time: Lowest and highest factor on the time of a step, for where it cannot be computed; `AS_FAST` holds always.
     """
 
     settings: tuple[tuple[str, Any], ...]
@@ -125,10 +129,23 @@ def _narrower(recipe: Recipe, _shape: ModelShape) -> Iterator[Change]:
         )
 
 
-def _shorter_rows(recipe: Recipe, _shape: ModelShape) -> Iterator[Change]:
+def _no_empty_length(recipe: Recipe, _shape: ModelShape, longest_tokens: int) -> Iterator[Change]:
+    """Yield the shortest length at which no row is cut: estimates take rows as full, so that the rest is counted."""
+    length = recipe.train.seq_len
+    for stop in number_of("train.seq_len").stops:
+        if longest_tokens <= stop < length:
+            words = f"length {length} -> {int(stop)}"
+            price = f"nothing lost: your longest row has {longest_tokens} tokens"
+            why = f"no row is cut: the longest has {longest_tokens} tokens"
+            yield Change((("train.seq_len", int(stop)),), words, price, why, AS_FAST)
+            return
+
+
+def _shorter_rows(recipe: Recipe, _shape: ModelShape, longest_tokens: int | None = None) -> Iterator[Change]:
+    """Yield lengths at which rows are cut; where the longest row is known, none at which none is."""
     length = recipe.train.seq_len
     for stop in reversed(number_of("train.seq_len").stops):
-        if _SHORTEST_WORTHWHILE <= stop < length:
+        if _SHORTEST_WORTHWHILE <= stop < min(length, longest_tokens or length):
             words = f"length {length} -> {int(stop)}"
             yield Change(
                 (("train.seq_len", int(stop)),),
@@ -156,7 +173,7 @@ def _fewer_targets(recipe: Recipe, shape: ModelShape) -> Iterator[Change]:
         )
 
 
-KINDS: tuple[Kind, ...] = (
+_KINDS: tuple[Kind, ...] = (
     _chunked_loss,
     _fused_attention,
     _fewer_rows_at_once,
@@ -170,4 +187,16 @@ KINDS: tuple[Kind, ...] = (
     _shorter_rows,
     _fewer_targets,
 )
-"""The kinds of change, gentlest first."""
+
+
+def kinds(longest_tokens: int | None = None) -> tuple[Kind, ...]:
+    """Return the kinds of change, gentlest first.
+
+    Args:
+        longest_tokens: Tokens of the longest row of the data, where it is known.
+    """
+    if longest_tokens is None:
+        return _KINDS
+    no_empty: Kind = partial(_no_empty_length, longest_tokens=longest_tokens)
+    shorter: Kind = partial(_shorter_rows, longest_tokens=longest_tokens)
+    return no_empty, *(shorter if kind is _shorter_rows else kind for kind in _KINDS)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from studio.core.changes import KINDS, Change, applied
+from studio.core.changes import AS_FAST, Change, applied, kinds
 from studio.core.gpu_catalogue import CATALOGUE, Gpu
 from studio.core.recipe import Recipe, number_of
 from studio.core.shape import ModelShape
@@ -76,6 +76,10 @@ class Fix:
         """The changed fields with their new values."""
         return tuple(setting for item in self.changes for setting in item.change.settings)
 
+    def made_to(self, recipe: Recipe) -> Recipe:
+        """Return a recipe with the changes, which may have been worked out for one that differs elsewhere."""
+        return applied(recipe, [item.change for item in self.changes])
+
     @property
     def words(self) -> str:
         """What is changed, on one line."""
@@ -120,12 +124,25 @@ class Search:
         estimate: Returns what a recipe takes.
         budget_bytes: What it may take.
         gpu: The card, for the price in time; None takes the range that each change has for any card.
+        longest_tokens: Tokens of the longest row of the data, where it is known: a length beyond it buys nothing.
     """
 
     shape: ModelShape
     estimate: Estimator
     budget_bytes: int
     gpu: Gpu | None = None
+    longest_tokens: int | None = None
+
+    def for_nothing(self, recipe: Recipe) -> Fix | None:
+        """Return the change that loses nothing, from a length that no row needs; None where there is none.
+
+        Raises:
+            BadInput: The recipe cannot be estimated.
+        """
+        if self.longest_tokens is None:
+            return None
+        change = next(iter(kinds(self.longest_tokens)[0](recipe, self.shape)), None)
+        return None if change is None else self._fix(recipe, [change])
 
     def together(self, recipe: Recipe) -> Fix:
         """Return the gentlest changes that make a recipe fit, or all that help where nothing does.
@@ -144,7 +161,7 @@ class Search:
         found = []
         now = self.estimate(recipe).device
         before, worth = now.expected, max(_WORTH_BYTES, _WORTH_SHARE * (now.high - self.budget_bytes))
-        for kind in KINDS:
+        for kind in kinds(self.longest_tokens):
             options = [
                 change
                 for change in kind(recipe, self.shape)
@@ -161,7 +178,9 @@ class Search:
         for change in changes:
             changed = applied(recipe, [change])
             after = self.estimate(changed)
-            time = time_factor(self.shape, setup_of(recipe, self.gpu), setup_of(changed, self.gpu), self.gpu)
+            time = None
+            if change.time != AS_FAST:
+                time = time_factor(self.shape, setup_of(recipe, self.gpu), setup_of(changed, self.gpu), self.gpu)
             prices.append(Priced(change, before.device.expected - after.device.expected, time or change.time))
             recipe, before = changed, after
         return Fix(recipe, tuple(prices), before, self.budget_bytes)
@@ -190,7 +209,7 @@ class Search:
         """
         now = applied(recipe, changes)
         high = self.estimate(now).device.high
-        for kind in KINDS:
+        for kind in kinds(self.longest_tokens):
             best = None
             for change in kind(now, self.shape):
                 changed = self.estimate(applied(now, [change])).device.high
@@ -208,7 +227,7 @@ class Search:
             before, after = applied(recipe, changes[:place]), changes[place + 1 :]
             same_kind = (
                 option
-                for kind in KINDS
+                for kind in kinds(self.longest_tokens)
                 for option in kind(before, self.shape)
                 if option.settings[0][0] == changes[place].settings[0][0]
             )

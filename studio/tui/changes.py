@@ -1,12 +1,20 @@
-"""What was changed of a recipe on the screen: taken back, done again, and said in a line."""
+"""What was changed of a recipe on the screen: taken back, done again, said in a line, and kept for the next visit."""
 
+import contextlib
 from dataclasses import dataclass, replace
+from functools import partial
 
+from textual.screen import Screen
+from textual.timer import Timer
+
+from studio.core.errors import StudioError
 from studio.core.recipe import FIELDS, SECTIONS, Recipe
 from studio.core.text import plain
-from studio.runs.last_recipe import RecipeSource
+from studio.runs.last_recipe import LastRecipe, RecipeSource, sound_part
 from studio.tui.panels.recipe_form import SHOWN
+from studio.tui.services import Services
 
+_KEEP_AFTER_SECONDS = 1.0
 _LONGEST_HISTORY = 200
 _MOST_NAMED = 3
 _LONGEST_VALUE = 28
@@ -98,6 +106,50 @@ class Changes:
         """Return the change that was taken back last; None where there is none."""
         self._run = ""
         return _moved(self._undone, self._done)
+
+
+class Keeper:
+    """Keeps a screen's recipe for the next visit once nothing was turned for a moment, or when the screen ends.
+
+    A field with a problem is kept with the last value that had none.
+    """
+
+    def __init__(self, screen: Screen[None], recipe: Recipe, services: Services) -> None:
+        """Begin with a recipe that is kept already."""
+        self._screen, self._services = screen, services
+        self._recipe = self._sound = recipe
+        self._source: RecipeSource | None = None
+        self._timer: Timer | None = None
+
+    def soon(self, recipe: Recipe, source: RecipeSource | None) -> None:
+        """Keep a recipe, with the user's file that it comes from, unless another one comes before long."""
+        self._recipe, self._source = recipe, source
+        if self._timer is not None:
+            self._timer.stop()
+        self._timer = self._screen.set_timer(_KEEP_AFTER_SECONDS, self._now)
+
+    def at_once(self) -> None:
+        """Keep what has not been kept yet."""
+        if self._timer is not None:
+            with contextlib.suppress(OSError, StudioError):
+                self._services.keep_recipe(self._left())
+
+    def _now(self) -> None:
+        self._timer = None
+        self._screen.run_worker(partial(self._keep, self._left()), thread=True, group="keep")
+
+    def _keep(self, last: LastRecipe) -> None:
+        try:
+            self._services.keep_recipe(last)
+        except (OSError, StudioError) as error:
+            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            told = f"The recipe is not kept for the next visit: {plain(reason)} s saves it to a file."
+            app = self._screen.app
+            app.call_from_thread(app.notify, told, severity="warning", markup=False)
+
+    def _left(self) -> LastRecipe:
+        self._sound = sound_part(self._recipe, self._sound)
+        return LastRecipe(self._sound, self._source)
 
 
 def _moved(taken_from: list[Change], given_to: list[Change]) -> Change | None:

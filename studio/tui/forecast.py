@@ -26,6 +26,7 @@ Correction = Callable[[VramEstimate, Setup, Gpu | None], VramEstimate]
 
 _MOST_ROWS = 4096
 """The largest micro-batch that is tried."""
+_WORTH_SAYING_BYTES = 2**24
 _REMEMBERED = 4096
 """Results that a forecaster keeps of each kind."""
 
@@ -60,6 +61,8 @@ class Forecaster:
             correct: Corrects an estimate by the runs of this machine; None leaves it as it is.
         """
         self.shape, self.device, self._correct = shape, device, correct
+        self.longest_tokens: int | None = None
+        """Tokens of the longest row of the recipe's data, once they are known. Estimates take rows as full even so."""
         # Caches of this forecaster, which go with it: those of a decorator would be shared and would keep it alive.
         self._estimate = lru_cache(maxsize=_REMEMBERED)(self._worked_out)
         self._largest = lru_cache(maxsize=_REMEMBERED)(self._searched)
@@ -102,11 +105,21 @@ class Forecaster:
         """
         return self._search(recipe).alone(recipe)
 
+    def fix_for_nothing(self, recipe: Recipe) -> Fix | None:
+        """Return the length that all rows need, with what it saves; None where the length is no longer than that.
+
+        Raises:
+            BadInput: The recipe cannot be estimated.
+        """
+        fix = self._search(recipe).for_nothing(recipe)
+        return fix if fix and fix.saved_bytes >= _WORTH_SAYING_BYTES else None
+
     def _search(self, recipe: Recipe) -> Search:
         def taken(candidate: Recipe) -> VramEstimate:
             return self.outlook(candidate).estimate
 
-        return Search(self.shape, taken, self.device.budget_bytes(recipe) or 0, self.device.gpu)
+        budget_bytes = self.device.budget_bytes(recipe) or 0
+        return Search(self.shape, taken, budget_bytes, self.device.gpu, self.longest_tokens)
 
     def _worked_out(self, setup: Setup) -> VramEstimate:
         check_adapted(self.shape, setup.adapted)

@@ -1,10 +1,12 @@
 """The outlook of a recipe as the screen shows it: the parts of the gauge, and the words below it."""
 
+from studio.core.fit import Fix
+from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.probe.cards import Card, CardProcess
 from studio.probe.plan import PlanDevice
 from studio.tui.forecast import Outlook
-from studio.tui.readable import gib, to_gib
+from studio.tui.readable import count, gib, to_gib
 from widgets.gauge_picture import Level, Part, Reading
 
 STAGES = {
@@ -23,8 +25,13 @@ _MOST_NAMED = 3
 _LONGEST_NAME = 40
 
 
-def reading_of(outlook: Outlook | str) -> Reading:
-    """Return what the gauge shows: the peak by component in GiB; without an outlook, the reason why there is none."""
+def reading_of(outlook: Outlook | str, free: Fix | None = None) -> Reading:
+    """Return what the gauge shows: the peak by component in GiB; without an outlook, the reason why there is none.
+
+    Args:
+        outlook: What the recipe needs.
+        free: The length that all rows need, where the recipe has a longer one: what fits so frightens nobody.
+    """
     if isinstance(outlook, str):
         return Reading(verdict=plain(outlook, one_line=True, limit=200))
     estimate = outlook.estimate
@@ -40,22 +47,41 @@ def reading_of(outlook: Outlook | str) -> Reading:
         ("logits", parts.logits),
     )
     other = device.expected - sum(size for _, size in named)
+    verdict, level = str(outlook.verdict or "estimate"), _LEVELS.get(outlook.verdict, "")
+    if free is not None and free.verdict == "fits" and outlook.verdict in ("tight", "does not fit"):
+        verdict, level = f"fits at {free.recipe.train.seq_len} tokens", "doubtful"
     return Reading(
         parts=tuple(Part(label, to_gib(size)) for label, size in (*named, ("other", max(0, other)))),
         capacity=None if outlook.budget_bytes is None else to_gib(outlook.budget_bytes),
         low=to_gib(device.low),
         high=to_gib(device.high),
-        verdict=outlook.verdict or "estimate",
-        level=_LEVELS.get(outlook.verdict, ""),
+        verdict=verdict,
+        level=level,
     )
 
 
-def peak_words(outlook: Outlook, device: PlanDevice, *, keys: bool = True) -> list[str]:
+def rows_words(recipe: Recipe, longest_tokens: int | None) -> str:
+    """Return how long the rows are that an estimate counts; empty where they are known to be as long.
+
+    Args:
+        recipe: Has the length, which estimates take all rows to have.
+        longest_tokens: Tokens of the longest row, where it is known.
+    """
+    length = count(recipe.train.seq_len)
+    if longest_tokens is None:
+        return f"; every row counted as {length} tokens long"
+    if longest_tokens >= recipe.train.seq_len:
+        return ""
+    return f"; rows counted as {length} tokens long, your longest has {count(longest_tokens)}"
+
+
+def peak_words(outlook: Outlook, device: PlanDevice, rows: str = "", *, keys: bool = True) -> list[str]:
     """Return the lines below the gauge: in which stage the peak is, what is left, which card is meant, any doubts.
 
     Args:
         outlook: What the recipe needs.
         device: The card that is meant.
+        rows: What `rows_words` says.
         keys: Whether to name the key that plans for another card.
     """
     stage = STAGES.get(outlook.estimate.stage, outlook.estimate.stage)
@@ -64,7 +90,7 @@ def peak_words(outlook: Outlook, device: PlanDevice, *, keys: bool = True) -> li
         left = outlook.estimate.headroom_bytes(outlook.budget_bytes)
         room = f", {gib(left)} GiB free" if left >= 0 else f", {gib(-left)} GiB over"
     notes = [plain(note, one_line=True) for note in outlook.estimate.notes[:_MOST_NOTES]]
-    return [f"Estimated peak {stage}{room}; rows taken as full.", device_words(device, keys=keys), *notes]
+    return [f"Estimated peak {stage}{room}{rows}.", device_words(device, keys=keys), *notes]
 
 
 def process_words(process: CardProcess) -> str:

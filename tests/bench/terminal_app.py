@@ -25,7 +25,8 @@ class BusyConfigure(ConfigureScreen):
 
     DEFAULT_CSS = """
     BusyConfigure LinePlot { height: 9; }
-    BusyConfigure Forecast { height: 16; }
+    BusyConfigure Forecast, BusyConfigure.-wide Forecast { height: 16; }
+    BusyConfigure.-wide #work, BusyConfigure.-wide.-unfolded #work { grid-size: 2 1; grid-rows: 1fr; }
     """
 
     def compose(self) -> ComposeResult:

@@ -60,7 +60,7 @@ def refused(word):
 
 
 set_to_1 = apply_settings(Recipe(), ["adapter.warmth=1"])
-form = RecipeForm(set_to_1).compose()
+form = RecipeForm(set_to_1).advanced_rows()
 json.dump({
     "default": Recipe().adapter.warmth,
     "flag": printed("plan", "--help"),

@@ -47,13 +47,13 @@ def terminal(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Termina
 
 
 def go_to(terminal: Terminal, path: str) -> None:
-    """Walk down the form to a field; the words beside it name its path."""
-    for _ in range(60):
-        if path in (before := paths_on(terminal.screen())):
-            return
-        terminal.type("Down")
-        terminal.until(lambda text, before=before: paths_on(text) not in (before, set()), "another field")
-    raise AssertionError(f"never came to {path}; the screen is:\n{terminal.screen()}")
+    """Find a field by its path; the words beside the form name it then."""
+    terminal.type("/")
+    terminal.until(lambda text: "Find a field" in text, "what finds a field")
+    terminal.type("-l", path)
+    terminal.until(lambda text: path in paths_on(text), "that it is found")
+    terminal.type("Enter")
+    terminal.until(lambda text: "Find a field" not in text and path in paths_on(text), "the field")
 
 
 def paths_on(screen: str) -> set[str]:

@@ -9,12 +9,14 @@ from textual.pilot import Pilot
 from studio.core.recipe import FIELDS, SECTIONS, Recipe
 from studio.core.value_kinds import Number
 from studio.tui.app import StudioApp
-from studio.tui.panels.recipe_form import notes_of, options_of
+from studio.tui.panels.recipe_form import ESSENTIALS, changed_paths, changed_words, notes_of, options_of
 from studio.tui.screens.configure import ConfigureScreen
+from studio.tui.screens.find_field import FindScreen, found
 from studio.tui.screens.run import RunScreen
 from tests.tui.stories import (
     BOTH,
     HOSTILE,
+    NARROW,
     Asked,
     assert_harmless,
     make_run,
@@ -25,6 +27,7 @@ from tests.tui.stories import (
     until,
 )
 from widgets.choice import Choice
+from widgets.fold import Fold
 from widgets.slider import Slider
 from widgets.text_field import TextField, TextLine
 
@@ -61,6 +64,39 @@ def test_the_first_screen(
         assert "Width of the adapter's low-rank pair" in told, "the focused field is explained"
 
     play(story, tmp_path, size=size, services=services_that(Asked(), card="a card [b]x[/b]"))
+
+
+def test_the_essential_fields_are_in_sight_and_the_others_folded_away(tmp_path: Path) -> None:
+    recipe = Recipe(name="try").with_("adapter.dropout", 0.1).with_("train.seed", 3)
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        screen, told = screen_of(app), shown(app)
+        for path in ESSENTIALS:
+            assert f" {FIELDS[path].label} " in told, path
+        assert "Advanced (58)  2 changed from their defaults: Dropout, Seed" in told
+        assert "all as by default" in changed_words(changed_paths(Recipe()))
+        assert "Targets" not in told
+        screen._form.focus_field("train.epochs")
+        await pilot.press("down", "enter")
+        await until(pilot, lambda: "Targets" in shown(app) and "default 0" in shown(app))
+        await until(pilot, lambda: "Everything else that a recipe holds" in shown(app))
+        await pilot.press("enter")
+        await until(pilot, lambda: "Targets" not in shown(app))
+        await pilot.press("slash", *"magnitude")
+        await until(pilot, lambda: "⏎ go to it" in shown(app) and "adapter.dora" in shown(app))
+        await pilot.press("enter")
+        await until(pilot, lambda: "DoRA · adapter.dora" in shown(app) and "(•) off  ( ) on" in shown(app))
+        await pilot.press("space")
+        await until(pilot, lambda: screen.recipe.adapter.dora)
+        screen._form.unfold(False)
+        await until(pilot, lambda: "3 changed from their defaults: Dropout, DoRA, Seed" in shown(app))
+        assert isinstance(app.focused, Fold), "the cursor does not stay in what is folded away"
+        await pilot.resize_terminal(200, 60)
+        await until(pilot, lambda: "Targets" not in shown(app))  # as the user has left it
+        assert "The trade, for this model" in shown(app)
+        assert shown(app).splitlines()[1].count("╭") == 3, "three columns"
+
+    play(story, tmp_path, size=NARROW, recipe=recipe)
 
 
 def test_turning_changes_the_recipe_and_what_follows(tmp_path: Path) -> None:
@@ -208,7 +244,7 @@ def test_in_a_field_that_the_arrows_passed_the_keys_do_what_the_screen_says(
 def test_a_click_on_a_label_focuses_its_field_and_changes_nothing(tmp_path: Path) -> None:
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         screen = screen_of(app)
-        for kind, path in ((Slider, "adapter.rank"), (Choice, "method"), (TextField, "adapter.targets")):
+        for kind, path in ((Slider, "adapter.rank"), (Choice, "method"), (TextField, "model.base")):
             field = screen.query_one("#" + path.replace(".", "--"), kind)
             await pilot.click(field, offset=(3, 0))
             await pilot.pause()
@@ -278,6 +314,20 @@ def test_hostile_recipe_values_are_shown_harmlessly(tmp_path: Path) -> None:
         assert screen_of(app).recipe.name == HOSTILE
 
     play(story, tmp_path, recipe=recipe)
+
+
+def test_a_field_is_found_by_its_name_its_path_or_what_is_said_of_it() -> None:
+    assert found("rank")[0] == "adapter.rank", "the name first"
+    assert found("seed")[0] == "train.seed"
+    assert found("seq_len")[0] == "train.seq_len"
+    assert "train.optimizer" in found("paged"), "the words of a choice count"
+    assert "train.offload_checkpoints" in found("main MEMORY")
+    assert found("no such thing") == []
+    assert sorted(found("")) == sorted(FIELDS)
+    screen = FindScreen(Recipe(method="lora"))
+    lines = {line.plain.split()[0]: path for path, line in screen.offers("double")}
+    assert lines == {"Double": None}, "a field that means nothing to the recipe says why and cannot be chosen"
+    assert "only with QLoRA" in next(iter(screen.offers("double")))[1].plain
 
 
 def test_notes_follow_from_several_fields() -> None:

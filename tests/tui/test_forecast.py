@@ -19,14 +19,9 @@ from studio.probe.torch_cards import TorchBuild
 from studio.runs.quality import LaneResult
 from studio.tui import trade
 from studio.tui.forecast import Forecaster, outlook_or_reason
-from studio.tui.panels.forecast_text import (
-    applied_text,
-    first_fix_text,
-    other_fixes_text,
-    over_budget_text,
-    table_text,
-)
-from studio.tui.reading import peak_words, reading_of
+from studio.tui.panels.fixes import applied_text, fix_lines
+from studio.tui.panels.forecast_text import over_budget_text, table_text
+from studio.tui.reading import peak_words, reading_of, rows_words
 from studio.tui.services import Services
 from studio.tui.setup_texts import machine_text
 from studio.tui.trade import footnote, rows_of, sides_of
@@ -154,8 +149,41 @@ def test_several_fixes_together_where_none_is_enough() -> None:
 def test_where_nothing_helps_it_says_so() -> None:
     forecaster = on(PlanDevice(card_of().gpu, 2 * GIB))
     assert forecaster.fix_that_fits(LARGE) is None
-    assert "Nothing here makes it fit" in first_fix_text(None).plain
-    assert "not enough alone" in other_fixes_text(forecaster.single_fixes(LARGE), None).plain
+    (none, nothing), *others = fix_lines(forecaster.single_fixes(LARGE), None, over=True)
+    assert none is None, "a line that says so cannot be chosen"
+    assert "Nothing here makes it fit" in nothing.plain
+    assert all("not enough alone" in line.plain for _, line in others)
+
+
+def test_a_length_that_no_row_needs_is_the_gentlest_change_and_loses_nothing() -> None:
+    forecaster = on_4090()
+    long = SMALL.with_("train.seq_len", 32768).with_("train.micro_batch", 12)
+    assert forecaster.fix_for_nothing(long) is None, "how long the rows are is not known"
+    assert rows_words(long, None) == "; every row counted as 32 768 tokens long"
+    before = reading_of(forecaster.outlook(long))
+    assert (before.verdict, before.level) == ("does not fit", "bad")
+    forecaster.longest_tokens = 57
+    free = forecaster.fix_for_nothing(long)
+    assert free is not None
+    assert free.settings == (("train.seq_len", 128),)
+    assert free.words == "length 32768 -> 128"
+    assert free.price == "nothing lost: your longest row has 57 tokens", "no step is any faster for it"
+    assert forecaster.fix_that_fits(long) == free
+    assert forecaster.single_fixes(long)[0] == free
+    assert not any("rows are cut" in fix.price for fix in forecaster.single_fixes(long)), "no row is long enough to cut"
+    after = reading_of(forecaster.outlook(long), free)
+    assert (after.verdict, after.level) == ("fits at 128 tokens", "doubtful")
+    assert rows_words(long, 57).endswith("your longest has 57")
+    assert rows_words(long, 40000) == ""
+    assert forecaster.fix_for_nothing(free.recipe) is None
+    forecaster.longest_tokens = 20000
+    assert forecaster.single_fixes(long)[0].price != free.price, "no stop of the length lies between"
+    assert any("rows are cut" in fix.price for fix in forecaster.single_fixes(long))
+    here = on(PlanDevice())
+    here.longest_tokens = 57
+    saved = here.fix_for_nothing(long)
+    assert saved is not None
+    assert "GiB; nothing lost" in fix_lines([saved], None, over=False)[0][1].plain
 
 
 def test_the_table_has_both_methods_and_no_invented_rows() -> None:

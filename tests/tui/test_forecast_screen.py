@@ -13,8 +13,11 @@ from studio.core.errors import BadInput
 from studio.core.gpu_catalogue import GIB
 from studio.core.recipe import Recipe
 from studio.probe.plan import PlanDevice
+from studio.runs.show import Summary
 from studio.tui.app import StudioApp
 from studio.tui.forecast import Forecaster
+from studio.tui.panels.data_note import DataNote
+from studio.tui.panels.fixes import FixList
 from studio.tui.screens.cards import CardScreen
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.dialogs import Confirm
@@ -110,7 +113,7 @@ def test_the_keyboard_reaches_the_end_of_the_forecast(tmp_path: Path, size: tupl
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await forecast(pilot, app)
         await pilot.press("v")
-        await until(pilot, lambda: "largest batch" in shown(app))
+        await until(pilot, lambda: "f makes it fit" in shown(app))
         assert "roofline" not in shown(app)
         await pilot.press("end")
         await until(pilot, lambda: "roofline" in shown(app))
@@ -133,8 +136,8 @@ def test_f_makes_it_fit_and_u_takes_back_first_what_came_later(tmp_path: Path, s
         assert "u Undo" not in shown(app)
         if size == WIDE:
             await until(pilot, lambda: "f makes it fit: micro-batch 12 ->" in shown(app))
-            first, table, others = (shown(app).index(part) for part in ("f makes it", "base held in", "Other ways"))
-            assert first < table < others, "what else would help does not push the trade out of sight"
+            first, others, table = (shown(app).index(part) for part in ("f makes it", "2 8-bit", "base held in"))
+            assert first < others < table, "what else would help does not push the trade out of sight"
         await pilot.press("f")
         await settle(pilot)
         fitted = screen_of(app).recipe
@@ -152,6 +155,49 @@ def test_f_makes_it_fit_and_u_takes_back_first_what_came_later(tmp_path: Path, s
         assert "u Undo" not in shown(app)
 
     play(story, tmp_path, recipe=LARGE, size=size)
+
+
+def test_fixes_are_chosen_from_a_list_and_a_needless_length_frightens_nobody(tmp_path: Path) -> None:
+    long = Recipe(name="try").with_("train.seq_len", 16384).with_("train.micro_batch", 12)
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        screen = screen_of(app)
+        await until(pilot, lambda: "x Fixes" in shown(app) and "f makes it fit" in shown(app))
+        assert "every row counted as 16 384 tokens long" in " ".join(shown(app).replace("│", " ").split())
+        fixes = screen.query_one(FixList)
+        third = fixes._offered[2]
+        assert third is not None
+        await pilot.press("x", "down", "down", "enter")
+        await settle(pilot)
+        assert screen.recipe == third.recipe
+        await pilot.press("u")
+        assert screen.recipe == long
+        await until(pilot, lambda: fixes.option_count > 2)
+        await pilot.press("x", "3")
+        await settle(pilot)
+        assert screen.recipe == third.recipe, "its number takes it, too"
+        await pilot.press("u")
+
+        screen.query_one(DataNote)._know(Summary(done=9, rows=9, seq_len=16384, lengths={"max": 57.0}))
+        await until(pilot, lambda: "1 length" in shown(app) or "f makes it fit: length 16384 -> 128" in shown(app))
+        told = " ".join(shown(app).replace("│", " ").split())
+        assert "nothing lost: your longest row has 57 tokens" in str(fixes.get_option_at_index(0).prompt)
+        assert "longest 57" in told, "beside the length"
+        assert "fits at 128 tokens" in told
+        assert "does not fit" not in told.split("The trade")[0]
+        await pilot.press("f")
+        await settle(pilot)
+        assert screen.recipe == long.with_("train.seq_len", 128)
+        await until(pilot, lambda: not fixes.display)
+        screen._form.focus_field("train.seq_len")
+        await pilot.press("enter", *"1024", "enter")
+        await until(pilot, lambda: "Saves memory for nothing" in shown(app))
+        assert gauge_of(app).reading.verdict == "fits"
+        await pilot.press("x", "enter")
+        await settle(pilot)
+        assert screen.recipe.train.seq_len == 128
+
+    play(story, tmp_path, recipe=long)
 
 
 def test_launching_what_does_not_fit_takes_a_second_yes(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
 from studio.runs.last_recipe import LastRecipe, keep_last_recipe, source_of
 from studio.runs.recipe_file import find_recipe, load_recipe
+from studio.tui import changes
 from studio.tui.app import StudioApp
-from studio.tui.screens import configure
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.dialogs import AskLine, Confirm
 from studio.tui.screens.recipe_dialogs import save_recipe, target_of
@@ -75,7 +75,7 @@ def test_files(tmp_path: Path) -> None:
 def test_what_is_turned_is_kept_after_a_moment_and_when_the_studio_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(configure, "_KEEP_AFTER_SECONDS", 0.02)
+    monkeypatch.setattr(changes, "_KEEP_AFTER_SECONDS", 0.02)
     asked = Asked()
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
@@ -83,7 +83,7 @@ def test_what_is_turned_is_kept_after_a_moment_and_when_the_studio_is_left(
         await pilot.press("right")
         await until(pilot, lambda: asked.kept)
         assert asked.kept[-1].recipe.adapter.rank == 32
-        monkeypatch.setattr(configure, "_KEEP_AFTER_SECONDS", 600.0)
+        monkeypatch.setattr(changes, "_KEEP_AFTER_SECONDS", 600.0)
         await pilot.press("right", "m")
         assert len(asked.kept) == 1
 
@@ -96,7 +96,7 @@ def test_the_file_that_a_recipe_is_saved_to_or_opened_from_is_kept_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(configure, "_KEEP_AFTER_SECONDS", 0.02)
+    monkeypatch.setattr(changes, "_KEEP_AFTER_SECONDS", 0.02)
     asked = Asked()
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
@@ -111,7 +111,7 @@ def test_the_file_that_a_recipe_is_saved_to_or_opened_from_is_kept_with_it(
 
 
 def test_a_recipe_that_cannot_be_kept_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(configure, "_KEEP_AFTER_SECONDS", 0.02)
+    monkeypatch.setattr(changes, "_KEEP_AFTER_SECONDS", 0.02)
 
     def refuse(last: LastRecipe) -> None:
         raise OSError(28, "No space left on device")

@@ -1,4 +1,4 @@
-"""One row of the configure screen: the worst that is known of the recipe's data, looked up while nothing is turned."""
+"""What is known of the recipe's data, looked up while nothing is turned: the worst in a row, and more below it."""
 
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from studio.tui.services import Services
 if TYPE_CHECKING:
     from textual.timer import Timer
 
-    from studio.runs.show import ShowEvent, ShowProcess
+    from studio.runs.show import ShowEvent, ShowProcess, Summary
 
 _LOOK_AFTER_SECONDS = 2.0
 _KEEP_SECONDS = 60.0
@@ -28,10 +28,12 @@ _GROUND = ("model.base", "model.revision", "model.trust_remote_code", "eval.rows
 
 
 class DataNote(Static):
-    """Follows the recipe; a click asks for the whole screen."""
+    """Follows the recipe; a click asks for the whole screen. Where it has several rows, the facts follow the first."""
 
     DEFAULT_CSS = """
     DataNote {
+        border-title-color: $text-primary;
+        border-title-style: bold;
         height: 1;
         padding: 0 1;
         text-wrap: nowrap;
@@ -41,6 +43,14 @@ class DataNote(Static):
 
     class Wanted(Message):
         """The user wants to see the rows."""
+
+    class Measured(Message):
+        """The longest row is known, or known no more."""
+
+        def __init__(self, longest_tokens: int | None) -> None:
+            """Carry its tokens."""
+            super().__init__()
+            self.longest_tokens = longest_tokens
 
     class Heard(Message):
         """The process said something."""
@@ -53,6 +63,7 @@ class DataNote(Static):
     def __init__(self, recipe: Recipe, *, services: Services) -> None:
         """Begin with a recipe; nothing is looked up before the screen has stood for a moment."""
         super().__init__(markup=False)
+        self.border_title = "Data"
         self._recipe, self._services = recipe, services
         self._looked: tuple[Any, ...] = ()
         self._process: ShowProcess | None = None
@@ -60,6 +71,8 @@ class DataNote(Static):
         self._timer: Timer | None = None
         self._end_timer: Timer | None = None
         self._words, self._keys_named = Content(""), True
+        self._summary: Summary | None = None
+        self._longest_tokens: int | None = None
 
     def on_mount(self) -> None:
         """Look soon."""
@@ -85,6 +98,7 @@ class DataNote(Static):
         if _ground_of(recipe) != self._looked:
             self._looked = ()
             self._end()
+            self._know(None)
             self._tell(Content(""))
             self._look_soon()
         elif _cuts(before) != _cuts(recipe):
@@ -113,13 +127,28 @@ class DataNote(Static):
         if isinstance(event, Opened):
             self._opened = event
         elif isinstance(event, Summary) and self._opened is not None and (event.done or not event.rows):
+            self._know(event)
             self._tell(worst_line(self._opened, event))
             if event.whole:
                 self._end_later()
         elif isinstance(event, NotAnswered) and event.fatal:
+            self._know(None)
             # What is wrong is said by the check before a run, and by the screen of the data; here is room for a word.
             self._tell(_UNSEEN)
             self._end()
+
+    def on_resize(self) -> None:
+        """Draw it anew: what is told depends on the room."""
+        self._tell(self._words)
+
+    def _know(self, summary: "Summary | None") -> None:
+        """Take what the rows add up to, and tell how long the longest is once all of them are in it."""
+        self._summary = summary
+        known = summary is not None and summary.whole and summary.lengths
+        longest = round(known["max"]) if known else None
+        if longest != self._longest_tokens:
+            self._longest_tokens = longest
+            self.post_message(self.Measured(longest))
 
     def _look_soon(self) -> None:
         if self._timer is not None:
@@ -154,7 +183,12 @@ class DataNote(Static):
             shown = words + Content.styled(": d says why", "$text-warning")
         elif self._keys_named and not words:
             shown = Content.styled("d shows the rows as the model reads them", "dim")
-        text = Content.assemble(("Data ", "bold"), (f"{name}  ", "dim"), shown)
+        tall = self.size.height > 1
+        text = Content.assemble("" if tall else ("Data ", "bold"), (f"{name}  ", "dim"), shown)
+        if self._summary is not None and tall:
+            from studio.tui.panels.data_text import glance_text  # noqa: PLC0415  not needed for the first frame
+
+            text = Content.assemble(text, "\n\n", glance_text(self._opened, self._summary, self.content_size.width))
         if text != self.content:
             self.update(text, layout=False)
 

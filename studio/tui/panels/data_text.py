@@ -77,15 +77,25 @@ def facts_text(opened: Opened, summary: Summary, cells: int) -> Content:
     parts: _Parts = []
     if not summary.whole:
         parts.append((f"{count(summary.done)} of {count(summary.rows)} rows added up so far\n\n", "$text-warning"))
-    for label, words, style in _facts(opened, summary):
-        lines = wrap(words, max(_LABEL, cells - _LABEL - 1))
-        parts += [(f"{label:{_LABEL}}", "dim"), (f"\n{'':{_LABEL}}".join(lines), style), "\n"]
-    parts += ["\n", *_histogram(summary, cells)]
+    parts += _added_up(opened, summary, cells)
     notes = [*opened.notes, *summary.said]
     if notes:
         parts.append(("\nTo know\n", "bold"))
         parts += [f"- {plain(note, one_line=True)}\n" for note in notes]
     return Content.assemble(*parts)
+
+
+def glance_text(opened: Opened, summary: Summary, cells: int) -> Content:
+    """Return the same without the notes; arguments as there."""
+    return Content.assemble(*_added_up(opened, summary, cells))
+
+
+def _added_up(opened: Opened, summary: Summary, cells: int) -> _Parts:
+    parts: _Parts = []
+    for label, words, style in _facts(opened, summary):
+        lines = wrap(words, max(_LABEL, cells - _LABEL - 1))
+        parts += [(f"{label:{_LABEL}}", "dim"), (f"\n{'':{_LABEL}}".join(lines), style), "\n"]
+    return [*parts, "\n", *_histogram(summary, cells)]
 
 
 def _facts(opened: Opened, summary: Summary) -> Iterator[tuple[str, str, str]]:

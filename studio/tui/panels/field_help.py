@@ -8,7 +8,7 @@ from textual.widgets import Static
 from studio.core.recipe import FIELDS
 from studio.core.text import plain
 from studio.core.value_kinds import Number
-from studio.tui.panels.recipe_form import options_of
+from studio.tui.panels.recipe_form import FOLD_HELP, options_of
 
 _EDITED = "Enter edits it; then enter accepts it, and escape cancels."
 _TURNED = f"The arrows turn it. {_EDITED}"
@@ -19,6 +19,8 @@ class FieldHelp(Static):
 
     DEFAULT_CSS = """
     FieldHelp {
+        border-title-color: $text-primary;
+        border-title-style: bold;
         width: 1fr;
         height: 1fr;
         padding: 0 1;
@@ -29,13 +31,14 @@ class FieldHelp(Static):
     def __init__(self) -> None:
         """Start empty."""
         super().__init__(markup=False)
-        self._path = ""
+        self._path: str | None = None
         self._problems: Sequence[str] = ()
         self._busy = ""
 
     def show_field(self, path: str) -> None:
-        """Explain a field."""
+        """Explain a field, or with an empty path the head of the folded ones."""
         self._path = path
+        self.border_title = f"{FIELDS[path].label} · {path}" if path else "Advanced"
         self._show()
 
     def show_problems(self, problems: Sequence[str]) -> None:
@@ -54,7 +57,7 @@ class FieldHelp(Static):
             self.update(text)
 
 
-def field_help_text(path: str, problems: Sequence[str], busy: str) -> Content:
+def field_help_text(path: str | None, problems: Sequence[str], busy: str) -> Content:
     """Return what stands beside the form; problems are foreign text and never read as markup."""
     parts: list[str | tuple[str, str]] = []
     if busy:
@@ -64,11 +67,13 @@ def field_help_text(path: str, problems: Sequence[str], busy: str) -> Content:
         parts.append((head, "$text-error bold"))
         parts += [f"{plain(problem)}\n" for problem in problems]
         parts.append("\n")
-    if path:
+    if path == "":
+        parts.append(f"{FOLD_HELP}\n")
+    elif path:
         field = FIELDS[path]
-        parts += [(field.label, "bold"), (f"  {path}\n", "dim"), f"{field.help}\n"]
+        parts.append(f"{field.help}\n")
         if field.cost:
-            parts.append(f"{field.cost}\n")
+            parts.append((f"{field.cost}\n", "$text-muted"))
         if isinstance(field.kind, Number):
             parts.append((f"{field.kind.allowed}. ", "dim"))
         turned = options_of(path) or (isinstance(field.kind, Number) and field.kind.stops)

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from textual import work
 from textual.app import ComposeResult
-from textual.containers import VerticalScroll
+from textual.containers import Vertical, VerticalScroll
 from textual.content import Content
 from textual.message import Message
 from textual.timer import Timer
@@ -13,6 +13,7 @@ from textual.widgets import Static
 from studio.core.errors import StudioError
 from studio.core.recipe import Method, Recipe
 from studio.core.text import plain
+from studio.tui.panels.fixes import FixList
 from studio.tui.services import Services
 from widgets.gauge import Gauge, Reading
 
@@ -31,12 +32,16 @@ class Forecast(VerticalScroll):
     DEFAULT_CSS = """
     Forecast {
         height: 1fr;
-        padding: 0 1;
         scrollbar-size-vertical: 1;
-        & > Static { height: auto; }
-        & > .fixes { display: none; }
-        & > .fixes.-shown { display: block; }
-        & > #footnote { text-style: dim; }
+        & Static { height: auto; }
+        & > Vertical {
+            height: auto;
+            padding: 0 1;
+            border: round $foreground 40%;
+            border-title-style: bold;
+            border-title-color: $text-primary;
+        }
+        & #footnote { color: $text-muted; margin: 1 0 0 0; }
     }
     """
 
@@ -89,16 +94,20 @@ class Forecast(VerticalScroll):
         self.forecaster: Forecaster | None = None
         self._reason = _READING
         self._keys_named = True
-        self._fixes: tuple[list[Fix], Fix | None] = [], None
+        self._longest_tokens: int | None = None
+        self._fixes: tuple[list[Fix], Fix | None, bool] = [], None, False
 
     def compose(self) -> ComposeResult:
-        """Make the parts: gauge, words, what makes it fit, table, what else would help, footnote."""
-        yield Gauge(unit="GiB", id="gauge")
-        yield Static("", id="peak", markup=False)
-        yield Static("", id="first-fix", classes="fixes", markup=False)
-        yield Static("", id="trade", markup=False)
-        yield Static("", id="other-fixes", classes="fixes", markup=False)
-        yield Static("", id="footnote", markup=False)
+        """Make the parts: gauge with its words, what makes it fit, table with its footnote."""
+        with Vertical(id="peak-panel") as panel:
+            panel.border_title = "Memory at the peak"
+            yield Gauge(unit="GiB", id="gauge")
+            yield Static("", id="peak", markup=False)
+        yield FixList(id="fixes")
+        with Vertical(id="trade-panel") as panel:
+            panel.border_title = "The trade, for this model, data and card"
+            yield Static("", id="trade", markup=False)
+            yield Static("", id="footnote", markup=False)
 
     def look(self, planned: str | None = None) -> None:
         """Find the model and the card anew, in a thread.
@@ -131,6 +140,28 @@ class Forecast(VerticalScroll):
             self.look()
         self._show()
 
+    def know_longest(self, tokens: int | None) -> None:
+        """Take the tokens of the longest row, or that it is not known any more."""
+        if tokens != self._longest_tokens:
+            self._longest_tokens = tokens
+            if self.forecaster is not None:
+                self.forecaster.longest_tokens = tokens
+                self._show()
+
+    def fix_to_make(self) -> "Fix | None":
+        """Return the gentlest changes that make the recipe fit; say so where there are none."""
+        if self.forecaster is None or self._recipe.problems():
+            return None
+        fix = self.forecaster.fix_that_fits(self._recipe)
+        if fix is None:
+            self.app.notify("Nothing here makes it fit: take a smaller model or a larger card.", markup=False)
+        return fix
+
+    @property
+    def longest_tokens(self) -> int | None:
+        """Tokens of the longest row, where it is known."""
+        return self._longest_tokens
+
     def name_keys(self, named: bool) -> None:
         """Name the keys that help, or do not while letters go into a field."""
         if named != self._keys_named:
@@ -141,7 +172,7 @@ class Forecast(VerticalScroll):
                 outlook = outlook_or_reason(self.forecaster, self._recipe)
                 if not isinstance(outlook, str):
                     self._show_peak(outlook, self.forecaster)
-                self._show_fixes(*self._fixes)
+                self._show_fixes(self._fixes[0], self._fixes[1], over=self._fixes[2])
 
     def on_forecast_ready(self, message: Ready) -> None:
         """Estimate with what was found, unless something else is wanted by now: a hub may answer late."""
@@ -152,6 +183,7 @@ class Forecast(VerticalScroll):
             self.forecaster, self._reason = None, message.ground
         else:
             self.forecaster = message.ground
+            self.forecaster.longest_tokens = self._longest_tokens
         self._show()
 
     def on_forecast_priced(self, message: Priced) -> None:
@@ -159,7 +191,8 @@ class Forecast(VerticalScroll):
         message.stop()
         if message.recipe is self._recipe and message.forecaster is self.forecaster:
             self._show_table(message.sides, waiting=False)
-            self._show_fixes(message.fixes, message.first)
+            short = message.forecaster.outlook(message.recipe).verdict in ("tight", "does not fit")
+            self._show_fixes(message.fixes, message.first, over=short)
 
     @work(thread=True)
     def _keep_planned(self, name: str) -> None:
@@ -184,7 +217,8 @@ class Forecast(VerticalScroll):
         try:
             sides = sides_of(recipe, forecaster, batches=True)
             short = forecaster.outlook(recipe).verdict in ("tight", "does not fit")
-            fixes = forecaster.single_fixes(recipe) if short else []
+            free = None if short else forecaster.fix_for_nothing(recipe)
+            fixes = forecaster.single_fixes(recipe) if short else [free] if free else []
             first = forecaster.fix_that_fits(recipe) if short else None
         except StudioError:
             return
@@ -202,7 +236,8 @@ class Forecast(VerticalScroll):
         if isinstance(outlook, str):
             self._show_reason(outlook)
             return
-        self._show_reading(reading_of(outlook))
+        short = outlook.verdict in ("tight", "does not fit")
+        self._show_reading(reading_of(outlook, self.forecaster.fix_for_nothing(self._recipe) if short else None))
         self.call_after_refresh(self._show_words, self._recipe, outlook, self.forecaster)  # the gauge is drawn first
         self._price_soon()
 
@@ -212,14 +247,16 @@ class Forecast(VerticalScroll):
         from studio.tui.trade import sides_of  # noqa: PLC0415  with the estimator
 
         self._show_peak(outlook, forecaster)
-        if outlook.verdict in (None, "fits"):
+        if outlook.verdict in (None, "fits") and self._fixes[2]:
             self._show_fixes([], None)
         self._show_table(sides_of(recipe, forecaster, batches=False), waiting=True)
 
     def _show_peak(self, outlook: "Outlook", forecaster: "Forecaster") -> None:
-        from studio.tui.reading import peak_words  # noqa: PLC0415  with the estimator
+        from studio.tui.reading import peak_words, rows_words  # noqa: PLC0415  with the estimator
 
-        self._update("#peak", Content("\n".join(peak_words(outlook, forecaster.device, keys=self._keys_named))))
+        rows = rows_words(self._recipe, self._longest_tokens)
+        first, *others = peak_words(outlook, forecaster.device, rows, keys=self._keys_named)
+        self._update("#peak", Content.assemble(first, *((f"\n{line}", "$text-muted") for line in others)))
 
     def _show_reason(self, reason: str) -> None:
         self._show_reading(Reading(verdict=plain(reason, one_line=True, limit=200)))
@@ -250,14 +287,9 @@ class Forecast(VerticalScroll):
         self._update("#trade", table_text(sides, self._recipe.method, waiting=waiting))
         self._update("#footnote", Content(footnote(sides)))
 
-    def _show_fixes(self, fixes: "list[Fix]", first: "Fix | None") -> None:
-        self._fixes = fixes, first
-        self.query(".fixes").set_class(bool(fixes), "-shown")
-        if fixes:
-            from studio.tui.panels.forecast_text import first_fix_text, other_fixes_text  # noqa: PLC0415  as above
-
-            self._update("#first-fix", first_fix_text(first, key=self._keys_named))
-            self._update("#other-fixes", other_fixes_text(fixes, first))
+    def _show_fixes(self, fixes: "list[Fix]", first: "Fix | None", *, over: bool = False) -> None:
+        self._fixes = fixes, first, over
+        self.query_one(FixList).show(fixes, first, over=over, keys=self._keys_named)
 
     def _update(self, name: str, text: Content) -> None:
         """Repaint a text only when it changed, and lay out the screen anew only when the height of the text changed."""

@@ -1,6 +1,4 @@
-"""The texts beside the gauge: the trade, the fixes, the question before a launch that does not fit."""
-
-from collections.abc import Sequence
+"""The texts beside the gauge: the trade, and the question before a launch that does not fit."""
 
 from textual.content import Content
 
@@ -10,6 +8,7 @@ from studio.core.recipe import Method, Recipe
 from studio.core.text import plain
 from studio.probe.plan import PlanDevice
 from studio.tui.forecast import Outlook
+from studio.tui.panels.fixes import saving_words
 from studio.tui.panels.recipe_form import SHOWN
 from studio.tui.readable import gib
 from studio.tui.reading import STAGES, others_words
@@ -38,27 +37,6 @@ def table_text(sides: dict[Method, Side], method: Method, *, waiting: bool) -> C
     return Content.assemble(*parts)
 
 
-def first_fix_text(first: Fix | None, *, key: bool = True) -> Content:
-    """Return what `f` does, with its price; the key is named where `key` is true."""
-    if first is None:
-        return Content.assemble(_first_line(first, key=key))
-    return Content.assemble(_first_line(first, key=key), f"{first.words}\n    {_saving(first)}; {first.price}\n")
-
-
-def other_fixes_text(fixes: Sequence[Fix], first: Fix | None) -> Content:
-    """Return the fixes beside the one that `f` applies, with their prices; empty where there are none."""
-    others = [fix for fix in fixes if first is None or fix.changes != first.changes]
-    parts: _Parts = [("\nOther ways\n", "bold")] if others else []
-    parts += [(f"  {fix.words}\n    {_saving(fix)}; {fix.price}\n", "dim") for fix in others]
-    return Content.assemble(*parts)
-
-
-def applied_text(fix: Fix) -> str:
-    """Return what `f` has changed, in one line."""
-    after = fix.estimate.device.expected
-    return f"{fix.words}: now {gib(after)} GiB, {fix.verdict}. u undoes it."
-
-
 def over_budget_text(outlook: Outlook, device: PlanDevice, first: Fix | None, *, spills: bool) -> Content:
     """Return the question before a launch that does not fit.
 
@@ -81,7 +59,7 @@ def over_budget_text(outlook: Outlook, device: PlanDevice, first: Fix | None, *,
         f"{gib(outlook.budget_bytes)} GiB of {name}: {gib(outlook.over_bytes)} GiB too much.{held}\n",
         "It would probably end with out of memory"
         + (": the driver here would spill into main memory, so a run keeps to the card.\n" if spills else ".\n"),
-        f"n, then f: {first.words} ({_saving(first)}).\n" if first else "",
+        f"n, then f: {first.words} ({saving_words(first)}).\n" if first else "",
         "\nLaunch it all the same?",
     ]
     return Content.assemble(*parts)
@@ -107,12 +85,20 @@ def cpu_text(outlook: Outlook, planned: str, free_bytes: int | None) -> Content:
     return Content.assemble(*parts, "\nLaunch it here all the same?")
 
 
-def question_before_launch(recipe: Recipe, services: Services, planned: str = "") -> Content | None:
+def question_before_launch(
+    recipe: Recipe, services: Services, planned: str = "", longest_tokens: int | None = None
+) -> Content | None:
     """Return the question to ask when a recipe is expected not to fit; None where it fits or nobody can tell.
 
     The recipe is held against this machine's own card, whatever card is planned for. On a machine without a card, a
     recipe that was planned for one is asked about as well. Where the model cannot be sized yet, nothing is asked: the
     start says what is wrong with it.
+
+    Args:
+        recipe: What is to be launched.
+        services: Find its model and this machine's card.
+        planned: The card that the forecast is of; empty where it is of this machine.
+        longest_tokens: Tokens of the longest row, where it is known.
 
     Raises:
         BadInput: The recipe's targets or rank do not suit the model.
@@ -121,6 +107,7 @@ def question_before_launch(recipe: Recipe, services: Services, planned: str = ""
         forecaster = services.forecaster(recipe, "")
     except StudioError:
         return None
+    forecaster.longest_tokens = longest_tokens
     outlook = forecaster.outlook(recipe)
     if forecaster.device.gpu is None:
         free_bytes = services.free_ram_bytes()
@@ -130,15 +117,3 @@ def question_before_launch(recipe: Recipe, services: Services, planned: str = ""
         return None
     first = forecaster.fix_that_fits(recipe)
     return over_budget_text(outlook, forecaster.device, first, spills=services.spills())
-
-
-def _first_line(first: Fix | None, *, key: bool) -> tuple[str, str]:
-    if first is None:
-        return "Nothing here makes it fit: take a smaller model or a larger card.\n", "$text-error bold"
-    result = "makes it fit: " if first.verdict == "fits" else "comes close: "
-    return f"{'f' if key else 'This'} {result}", "$text-success bold"
-
-
-def _saving(fix: Fix) -> str:
-    then = {"fits": "", "tight": ", then tight"}.get(fix.verdict, ", not enough alone")
-    return f"-{gib(fix.saved_bytes)} GiB{then}"

@@ -1,13 +1,13 @@
-"""All fields of a recipe, each in one row: sliders, choices, texts."""
+"""All fields of a recipe, each in one row: the essential ones first, the others below a head that folds them away."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
 from textual import events
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import VerticalScroll
+from textual.containers import Vertical, VerticalScroll
 from textual.message import Message
 from textual.widget import Widget
 from textual.widgets import Static
@@ -18,6 +18,7 @@ from studio.core.text import plain
 from studio.core.value_kinds import Number, Switch
 from studio.tui.readable import setting
 from widgets.choice import Choice
+from widgets.fold import Fold
 from widgets.scale import stops_scale
 from widgets.slider import Slider
 from widgets.text_field import TextField, TextLine
@@ -28,8 +29,32 @@ SHOWN = {"lora": "LoRA 16-bit", "qlora": "QLoRA 4-bit"}
 _BETWEEN = "--"
 """Stands for the dots of a field's path in the id of its widget, which may hold no dot."""
 _LABEL_WIDTH = 18
-_FIRST_SECTIONS = 2
-"""Sections that the first frame shows."""
+
+ESSENTIALS = (
+    "name",
+    "model.base",
+    "data.path",
+    "method",
+    "adapter.rank",
+    "adapter.alpha",
+    "train.micro_batch",
+    "train.accumulation",
+    "train.seq_len",
+    "train.learning_rate",
+    "train.epochs",
+)
+"""The fields that a first recipe is made of, in the order of the form; all others are folded away at first."""
+ADVANCED = tuple(
+    (heading, tuple(path for path in paths if path not in ESSENTIALS))
+    for heading, paths in SECTIONS
+    if not set(paths) <= set(ESSENTIALS)
+)
+"""Headings and paths of the other fields."""
+_FOLDED = tuple(path for _, paths in ADVANCED for path in paths)
+FOLD_HELP = (
+    "Everything else that a recipe holds. Enter shows it or folds it away; / finds a field by its name or by what it "
+    "does, folded or not."
+)
 
 
 class RecipeForm(VerticalScroll):
@@ -42,9 +67,13 @@ class RecipeForm(VerticalScroll):
 
     DEFAULT_CSS = """
     RecipeForm {
+        border-title-color: $text-primary;
+        border-title-style: bold;
         padding: 0 1;
         scrollbar-size-vertical: 1;
-        & > .heading { height: 1; color: $text-muted; text-style: italic; }
+        & > #advanced { height: auto; }
+        & .heading { height: 1; color: $text-primary; text-style: bold; }
+        & .-changed > .slider--label, & .-changed > .choice--label, & .-changed > Static { text-style: bold; }
     }
     """
 
@@ -59,30 +88,42 @@ class RecipeForm(VerticalScroll):
             self.step = step
 
     class Reached(Message):
-        """The user came to a field."""
+        """The user came to a field, or with an empty path to the head of the folded ones."""
 
         def __init__(self, path: str) -> None:
             """Carry the field's path."""
             super().__init__()
             self.path = path
 
+    class Folded(Message):
+        """The other fields were folded away or shown."""
+
     def __init__(self, recipe: Recipe) -> None:
         """Show `recipe` first."""
         super().__init__(can_focus=False)
-        self._fields = {path: _field(path, recipe) for _, paths in SECTIONS for path in paths}
+        self.border_title = "Recipe"
+        self.fold_chosen = False
+        """Whether the user has folded or unfolded, or gone to a folded field."""
+        self._fields = {path: _field(path, recipe) for path in FIELDS}
+        self._longest_tokens: int | None = None
+        self._fold, self._advanced = Fold(id="fold"), Vertical(id="advanced")
+        self._advanced.display = False
 
     def compose(self) -> ComposeResult:
-        """Make the headings and fields of the first sections; the others come once these are drawn."""
-        yield from self._rows(SECTIONS[:_FIRST_SECTIONS])
+        """Make the essential fields and the head of the others, which come once these are drawn."""
+        for path in ESSENTIALS:
+            yield self._fields[path]
+        yield self._fold
+        yield self._advanced
 
     def on_mount(self) -> None:
-        """Bring the other sections after the first frame, because styling all 40 fields would delay it."""
-        self.call_after_refresh(lambda: self.mount_all(self._rows(SECTIONS[_FIRST_SECTIONS:])))
+        """Bring the other fields after the first frame, because styling all of them would delay it."""
+        self.call_after_refresh(lambda: self._advanced.mount_all(self.advanced_rows()))
 
-    def _rows(self, sections: Iterable[tuple[str, tuple[str, ...]]]) -> Iterator[Widget]:
-        for heading, paths in sections:
-            if heading != SECTIONS[0][0]:  # the first fields stand below the title of the screen
-                yield Static(heading, classes="heading", markup=False)
+    def advanced_rows(self) -> Iterator[Widget]:
+        """Return the headings and fields that are folded away at first."""
+        for heading, paths in ADVANCED:
+            yield Static(heading, classes="heading", markup=False)
             for path in paths:
                 yield self._fields[path]
 
@@ -97,15 +138,45 @@ class RecipeForm(VerticalScroll):
 
         The recipe may lag behind the fields: setting a value would undo what the user turned in the meantime.
         """
-        for path, note in notes_of(recipe).items():
+        for path, note in notes_of(recipe, self._longest_tokens).items():
             field = self._fields[path]
             if isinstance(field, (Slider, Choice)):
                 field.note = note
         for path, field in self._fields.items():
-            if FIELDS[path].four_bit:
-                field.display = recipe.method == "qlora"
-            elif FIELDS[path].pairs:
-                field.display = takes_pairs(recipe.train.objective)
+            if FIELDS[path].four_bit or FIELDS[path].pairs:
+                field.display = not why_hidden(path, recipe)
+        shown = [path for path in _FOLDED if not why_hidden(path, recipe)]
+        changed = changed_paths(recipe)
+        for path in _FOLDED:
+            self._fields[path].set_class(path in changed, "-changed")
+        self._fold.name_shown, self._fold.words = f"Advanced ({len(shown)})", changed_words(changed)
+
+    def know_longest(self, tokens: int | None, recipe: Recipe) -> None:
+        """Show how long the longest row is beside the length; None where it is not known."""
+        self._longest_tokens = tokens
+        self.show_what_follows(recipe)
+
+    @property
+    def unfolded(self) -> bool:
+        """Whether all fields are shown."""
+        return self._fold.open
+
+    def unfold(self, wanted: bool = True) -> None:
+        """Show the other fields too, or fold them away."""
+        if wanted == self.unfolded:
+            return
+        if not wanted and self.screen.focused is not None and self._advanced in self.screen.focused.ancestors:
+            self._fold.focus()
+        self._fold.open = wanted
+        self._advanced.display = wanted  # a class would style all fields anew
+        self.post_message(self.Folded())
+
+    def on_fold_turned(self, message: Fold.Turned) -> None:
+        """Show the other fields, or fold them away."""
+        message.stop()
+        self.fold_chosen = True
+        self.unfold(message.wanted)
+        self.call_after_refresh(self.scroll_to_widget, self._fold, animate=False, top=message.wanted)
 
     @property
     def editing(self) -> bool:
@@ -141,8 +212,11 @@ class RecipeForm(VerticalScroll):
             method.action_turn(1)
 
     def focus_field(self, path: str) -> None:
-        """Put the cursor on a field."""
+        """Put the cursor on a field, and unfold it where it is folded away."""
         field = self._fields[path]
+        if path not in ESSENTIALS and not self.unfolded:
+            self.fold_chosen = True
+            self.unfold()
         (field.line if isinstance(field, TextField) else field).focus()
 
     def on_slider_changed(self, message: Slider.Changed) -> None:
@@ -165,6 +239,9 @@ class RecipeForm(VerticalScroll):
 
     def on_descendant_focus(self, event: events.DescendantFocus) -> None:
         """Tell which field the user came to."""
+        if event.widget is self._fold:
+            self.post_message(self.Reached(""))
+            return
         field = next((node for node in event.widget.ancestors_with_self if node in self._fields.values()), None)
         if isinstance(field, Widget):
             self.post_message(self.Reached(_path_of(field)))
@@ -177,13 +254,43 @@ def options_of(path: str) -> tuple[tuple[str, str], ...]:
     return tuple((value, SHOWN.get(value, value)) for value in choices_of(path))
 
 
-def notes_of(recipe: Recipe) -> dict[str, str]:
-    """Return notes by field: what follows from its value together with those of other fields."""
+def why_hidden(path: str, recipe: Recipe) -> str:
+    """Return why a field means nothing to a recipe, so that the form does not show it; empty where it shows it."""
+    if FIELDS[path].four_bit and recipe.method != "qlora":
+        return "only with QLoRA"
+    if FIELDS[path].pairs and not takes_pairs(recipe.train.objective):
+        return "only with dpo and orpo"
+    return ""
+
+
+def changed_paths(recipe: Recipe) -> tuple[str, ...]:
+    """Return which folded fields that the form shows have another value than their default."""
+    return tuple(path for path in _FOLDED if recipe.get(path) != FIELDS[path].default and not why_hidden(path, recipe))
+
+
+def changed_words(changed: Sequence[str]) -> str:
+    """Return how many folded fields differ from their defaults, and which."""
+    if not changed:
+        return "all as by default"
+    count = "1 changed from its default" if len(changed) == 1 else f"{len(changed)} changed from their defaults"
+    return f"{count}: {', '.join(FIELDS[path].label for path in changed)}"
+
+
+def notes_of(recipe: Recipe, longest_tokens: int | None = None) -> dict[str, str]:
+    """Return notes by field: what follows from its value and those of other fields, or its default.
+
+    Args:
+        recipe: Has the values.
+        longest_tokens: Tokens of the longest row of its data, where it is known.
+    """
     by_steps, rank = recipe.train.steps > 0, recipe.adapter.rank
+    changed = changed_paths(recipe)
     return {
+        **{path: f"default {shown_value(path, FIELDS[path].default)}" if path in changed else "" for path in _FOLDED},
         "adapter.alpha": f"{setting(round(recipe.adapter.alpha / rank, 4))} x rank" if rank else "",
         "train.learning_rate": f"{recipe.train.objective}: {advised_rate(recipe):g}" if rate_note(recipe) else "",
         "train.accumulation": f"{recipe.rows_per_step} per step",
+        "train.seq_len": f"longest {longest_tokens}" if longest_tokens else "",
         "train.steps": "" if by_steps else "by epochs",
         "train.epochs": "by steps" if by_steps else "",
         "device.budget_gib": "" if recipe.device.budget_gib else "whole card",
@@ -196,8 +303,8 @@ def _field(path: str, recipe: Recipe) -> Slider | Choice | TextField:
         scale, value = stops_scale(kind.stops, kind.low, kind.high), float(recipe.get(path))
         return Slider(label, scale, value, whole=kind.of is int, show=setting, label_width=_LABEL_WIDTH, id=key)
     if options := options_of(path):
-        return Choice(label, options, _text(path, recipe.get(path)), label_width=_LABEL_WIDTH, id=key)
-    return TextField(label, _text(path, recipe.get(path)), label_width=_LABEL_WIDTH, id=key)
+        return Choice(label, options, shown_value(path, recipe.get(path)), label_width=_LABEL_WIDTH, id=key)
+    return TextField(label, shown_value(path, recipe.get(path)), label_width=_LABEL_WIDTH, id=key)
 
 
 def _set(field: Slider | Choice | TextField, path: str, value: Any) -> None:
@@ -205,12 +312,13 @@ def _set(field: Slider | Choice | TextField, path: str, value: Any) -> None:
     if isinstance(field, Choice):
         field.editing = False  # escape must not bring back what was before another recipe came
     if not isinstance(field, Slider):
-        field.value = _text(path, value)
+        field.value = shown_value(path, value)
     elif isinstance(value, (int, float)):
         field.value = float(value)
 
 
-def _text(path: str, value: Any) -> str:
+def shown_value(path: str, value: Any) -> str:
+    """Return a value of a field on one line, as a recipe's file has it."""
     return plain(FIELDS[path].kind.written(value), one_line=True)
 
 

@@ -1,29 +1,26 @@
 """The configure screen: shows the recipe, lets the user change each field of it, and starts it."""
 
-import contextlib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container
 from textual.content import Content
-from textual.message import Message
 from textual.screen import Screen
 from textual.timer import Timer
 from textual.worker import get_current_worker
 
 from studio.core.errors import StudioError
 from studio.core.recipe import Recipe
-from studio.core.text import plain
-from studio.runs.last_recipe import LastRecipe, RecipeSource, sound_part
+from studio.runs.last_recipe import RecipeSource
 from studio.runs.layout import RunPaths
 from studio.tui.asks import OpenRun, ShowAudits, ShowData, ShowRuns, ShowSetup
-from studio.tui.changes import Change, Changes
+from studio.tui.changes import Change, Changes, Keeper
 from studio.tui.panels.data_note import DataNote
 from studio.tui.panels.field_help import FieldHelp
+from studio.tui.panels.fixes import FixList, applied_text
 from studio.tui.panels.forecast import Forecast
 from studio.tui.panels.recipe_form import RecipeForm
 from studio.tui.panels.top_bar import TopBar
@@ -34,10 +31,14 @@ from studio.tui.services import Services
 from studio.tui.told import Abandoned, ReadingTold
 from widgets.gauge import Gauge
 from widgets.key_footer import KeyFooter
+from widgets.tab_row import TabRow
+
+if TYPE_CHECKING:
+    from studio.core.fit import Fix
 
 _CHECKING = "Checking recipe, model and data, then starting ..."
 _FIRST_FIELD = "adapter.rank"
-_KEEP_AFTER_SECONDS = 1.0
+_HUGE_CELLS, _HIGH_ROWS = 160, 50
 _KEYS_AFTER_SECONDS = 0.5
 
 
@@ -46,13 +47,15 @@ class ConfigureScreen(Screen[None]):
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("r", "launch", "Run"),
-        Binding("m", "turn_method", "LoRA/QLoRA"),
         Binding("f", "make_fit", "Fit"),
         Binding("u", "undo", "Undo"),
         Binding("ctrl+r", "redo", "Redo"),
-        Binding("g", "choose_card", "Card"),
+        Binding("slash", "find", "Find", key_display="/"),
         Binding("v", "turn_view", "Memory"),
         Binding("d", "show_data", "Data"),
+        Binding("g", "choose_card", "Card"),
+        Binding("m", "turn_method", "LoRA/QLoRA"),
+        Binding("x", "choose_fix", "Fixes"),
         Binding("o", "show_runs", "Runs"),
         Binding("a", "show_audits", "Audit"),
         Binding("s", "save", "Save", show=False),
@@ -65,43 +68,22 @@ class ConfigureScreen(Screen[None]):
     DEFAULT_CSS = """
     ConfigureScreen {
         & #gauge-row { height: 1; padding: 0 1; }
+        & #tabs { padding: 0 1; }
         & #work { height: 1fr; layout: vertical; }
-        & RecipeForm { height: 2fr; }
-        & #side { height: 1fr; layout: vertical; border-top: solid $foreground 20%; }
+        & RecipeForm { height: 1fr; }
+        & FieldHelp { height: 7; border-top: solid $foreground 40%; }
         & Forecast { display: none; }
         &.-memory RecipeForm, &.-memory FieldHelp { display: none; }
         &.-memory Forecast { display: block; }
     }
     ConfigureScreen.-wide {
-        & #gauge-row { display: none; }
-        & #work { layout: horizontal; }
-        & RecipeForm { width: 1fr; height: 1fr; display: block; }
-        & #side { width: 1fr; border-top: none; border-left: solid $foreground 20%; }
-        & Forecast { display: block; height: auto; max-height: 80%; }
-        & FieldHelp { display: block; border-top: solid $foreground 20%; }
-        &.-memory Forecast { max-height: 100%; }
-        &.-memory FieldHelp { display: none; }
+        & #gauge-row, & #tabs { display: none; }
+        & #work { layout: grid; }
+        & RecipeForm, & FieldHelp, & DataNote { height: 100%; border: round $foreground 40%; display: block; }
+        & DataNote { text-wrap: wrap; }
+        & Forecast { display: block; height: 100%; }
     }
     """
-
-    @dataclass
-    class Refused(Message):
-        """The checks found why the recipe cannot run: the reasons, line by line."""
-
-        reason: str
-
-    @dataclass
-    class Launched(Message):
-        """A run was started."""
-
-        paths: RunPaths
-
-    @dataclass
-    class OverBudget(Message):
-        """The recipe does not fit this machine's card: what to ask before it is launched all the same."""
-
-        recipe: Recipe
-        question: Content
 
     def __init__(
         self, recipe: Recipe, *, runs_root: Path, services: Services, source: RecipeSource | None = None
@@ -110,10 +92,8 @@ class ConfigureScreen(Screen[None]):
         super().__init__()
         self.recipe = recipe
         self._runs_root, self._services = runs_root, services
-        # Fields with problems are kept for the next visit with the value that they have in `_sound`.
-        self._source, self._sound = source, recipe
-        self._launching = False
-        self._keep_timer: Timer | None = None
+        self._source, self._launching = source, False
+        self._keeper = Keeper(self, recipe, services)
         self._keys_timer: Timer | None = None
         self._form, self._forecast = RecipeForm(recipe), Forecast(recipe, services=services)
         self._changes = Changes()
@@ -123,12 +103,12 @@ class ConfigureScreen(Screen[None]):
         """Make the parts: bar, gauge, form, forecast, advice, keys."""
         yield TopBar("Configure", card=self._services.card)
         yield Gauge(unit="GiB", label="VRAM", id="gauge-row")
+        yield TabRow([("recipe", "Recipe"), ("memory", "Memory, fixes, trade")], "recipe", id="tabs")
         with Container(id="work"):
             yield self._form
-            with Container(id="side"):
-                yield self._forecast
-                yield FieldHelp()
-        yield DataNote(self.recipe, services=self._services)
+            yield self._forecast
+            yield FieldHelp()
+            yield DataNote(self.recipe, services=self._services)
         yield KeyFooter()
 
     def on_mount(self) -> None:
@@ -160,33 +140,64 @@ class ConfigureScreen(Screen[None]):
         """Name the planned card in the top bar: a small screen names it nowhere else."""
         self.query_one(TopBar).plan_for(message.card)
 
+    def on_resize(self) -> None:
+        """Use the room: show all fields where they fit, unless the user has folded or unfolded them."""
+        if not self._form.fold_chosen:
+            self._form.unfold(self.size.width >= _HUGE_CELLS or self.size.height >= _HIGH_ROWS)
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Place the parts of a wide screen; not by classes, because each would style all fields anew."""
+        huge, work = self.size.width >= _HUGE_CELLS, self.query_one("#work").styles
+        data_rows = 16 if self.size.height >= _HIGH_ROWS else 3
+        work.grid_size_columns, work.grid_size_rows = (3, 2) if huge else (2, 3)
+        work.grid_rows = "12 1fr" if huge else f"1fr 10 {data_rows}" if self._form.unfolded else "14 10 1fr"
+        self._form.styles.row_span, self._forecast.styles.row_span = (2, 2) if huge else (1, 3)
+
+    def on_data_note_measured(self, message: DataNote.Measured) -> None:
+        """Hold the length against the longest row."""
+        self._form.know_longest(message.longest_tokens, self.recipe)
+        self._forecast.know_longest(message.longest_tokens)
+
+    def on_fix_list_chosen(self, message: FixList.Chosen) -> None:
+        """Make a fix that was chosen, and go back to where the user came from."""
+        self._take_fix(message.fix)
+        self._form.focus_field(self._left_field)
+
+    def on_tab_row_wanted(self, message: TabRow.Wanted) -> None:
+        """Show the recipe or its memory."""
+        if (message.key == "memory") != self.has_class("-memory"):
+            self.action_turn_view()
+
+    on_recipe_form_folded = _lay_out
+
     def on_recipe_form_reached(self, message: RecipeForm.Reached) -> None:
         """Explain the field."""
         if message.path != self._left_field:
             self._changes.end_run()
-        self._left_field = message.path
+        self._left_field = message.path or self._left_field
         self.query_one(FieldHelp).show_field(message.path)
 
-    def on_configure_screen_refused(self, message: Refused) -> None:
-        """Say why nothing was started."""
-        self._end_launch()
-        self.query_one(FieldHelp).show_problems(message.reason.splitlines())
+    def _refused(self, reason: str) -> None:
+        """Say why nothing was started: the checks found the reasons, line by line."""
+        self._busy_with("")
+        self.query_one(FieldHelp).show_problems(reason.splitlines())
 
-    def on_configure_screen_launched(self, message: Launched) -> None:
+    def _launched(self, paths: RunPaths) -> None:
         """Watch what was started."""
-        self._end_launch()
+        self._busy_with("")
         self._show_problems()
-        self.post_message(OpenRun(message.paths))
+        self.post_message(OpenRun(paths))
 
-    def on_configure_screen_over_budget(self, message: OverBudget) -> None:
-        """Ask whether to launch all the same."""
-        self._end_launch()
+    def _ask_over_budget(self, recipe: Recipe, question: Content) -> None:
+        """Ask whether to launch all the same what does not fit this machine's card."""
+        self._busy_with("")
 
         def decide(answer: bool | None) -> None:
-            if answer and message.recipe is self.recipe:  # a yes to this recipe is none to another
+            if answer and recipe is self.recipe:  # a yes to this recipe is none to another
                 self._begin_launch(sure=True)
 
-        self.app.push_screen(Confirm(message.question, "launch it"), decide)
+        self.app.push_screen(Confirm(question, "launch it"), decide)
 
     def _name_keys(self, _: object) -> None:
         """Let the texts name keys only while these are keys, and no letters that go into a field."""
@@ -198,6 +209,10 @@ class ConfigureScreen(Screen[None]):
         """Offer keys only where they do something."""
         if action == "make_fit":
             return self.query_one("#gauge", Gauge).reading.level in ("doubtful", "bad") if self.is_mounted else False
+        if action == "find":
+            return not self._form.typing
+        if action == "choose_fix":
+            return self.is_mounted and self.query_one(FixList).has_class("-shown")
         if action in ("undo", "redo"):
             return self._changes.possible[action == "redo"] and not self._form.editing
         return True
@@ -239,21 +254,32 @@ class ConfigureScreen(Screen[None]):
         self._open(recipe)
 
     def action_make_fit(self) -> None:
-        """Make the recipe fit the card of the forecast and say what was changed."""
-        self._form.after_turns(self._make_fit)
+        """Make the recipe fit the card of the forecast."""
+        self._form.after_turns(lambda: self._take_fix(self._forecast.fix_to_make()))
 
-    def _make_fit(self) -> None:
-        forecaster = self._forecast.forecaster
-        if forecaster is None or self.recipe.problems():
-            return
-        from studio.tui.panels.forecast_text import applied_text  # noqa: PLC0415  with the estimator
+    def _take_fix(self, fix: "Fix | None") -> None:
+        """Make a fix and say what was changed."""
+        if fix is not None:
+            self._do(Change(self.recipe, fix.made_to(self.recipe)))
+            self.app.notify(applied_text(fix), markup=False)
 
-        fix = forecaster.fix_that_fits(self.recipe)
-        if fix is None:
-            self.app.notify("Nothing here makes it fit: take a smaller model or a larger card.", markup=False)
-            return
-        self._do(Change(self.recipe, fix.recipe))
-        self.app.notify(applied_text(fix), markup=False)
+    def action_choose_fix(self) -> None:
+        """Move to the list of fixes, which on a narrow screen stands in the other tab."""
+        if not self._forecast.display:
+            self.action_turn_view()
+        self._forecast.query_one(FixList).focus()
+
+    def action_find(self) -> None:
+        """Find a field by its name or by what it does, and go to it."""
+        from studio.tui.screens.find_field import FindScreen  # noqa: PLC0415  not needed for the first frame
+
+        def take(path: str | None) -> None:
+            if path is not None:
+                if self.has_class("-memory"):
+                    self.action_turn_view()
+                self._form.focus_field(path)
+
+        self.app.push_screen(FindScreen(self.recipe), take)
 
     def action_undo(self) -> None:
         """Take the last change of the recipe back."""
@@ -283,7 +309,7 @@ class ConfigureScreen(Screen[None]):
 
         def saved(source: RecipeSource) -> None:
             self._source = source
-            self._keep_soon()
+            self._keeper.soon(self.recipe, self._source)
 
         ask_to_save(self.app, self.recipe, saved)
 
@@ -295,12 +321,10 @@ class ConfigureScreen(Screen[None]):
         self._do(Change(self.recipe, recipe, self._source, source))
 
     def action_turn_view(self) -> None:
-        """Give the forecast more room and the arrow keys, or take both back.
-
-        On a narrow screen it takes the place of the form, on a wide one that of the help on the field.
-        """
+        """Give the forecast the arrow keys and, on a narrow screen, the place of the form; or take both back."""
         memory = not self.has_class("-memory")
         self.set_class(memory, "-memory")
+        self.query_one(TabRow).current = "memory" if memory else "recipe"
         self._forecast.can_focus = memory
         if memory:
             self._forecast.focus()
@@ -333,41 +357,14 @@ class ConfigureScreen(Screen[None]):
         self._forecast.follow(recipe)
         self.query_one(DataNote).follow(recipe)
         self._show_problems()
-        self._keep_soon()
-
-    def _keep_soon(self) -> None:
-        """Keep the recipe for the next visit once nothing was turned for a moment, or when the studio is left."""
-        if self._keep_timer is not None:
-            self._keep_timer.stop()
-        self._keep_timer = self.set_timer(_KEEP_AFTER_SECONDS, self._keep_now)
+        self._keeper.soon(self.recipe, self._source)
 
     def on_unmount(self) -> None:
         """Keep what was turned in the last moment."""
-        if self._keep_timer is not None:
-            with contextlib.suppress(OSError, StudioError):
-                self._services.keep_recipe(self._left())
-
-    def _keep_now(self) -> None:
-        self._keep_timer = None
-        self._keep(self._left())
-
-    @work(thread=True, group="keep")
-    def _keep(self, last: LastRecipe) -> None:
-        try:
-            self._services.keep_recipe(last)
-        except (OSError, StudioError) as error:
-            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-            told = f"The recipe is not kept for the next visit: {plain(reason)} s saves it to a file."
-            self.app.call_from_thread(self.app.notify, told, severity="warning", markup=False)
-
-    def _left(self) -> LastRecipe:
-        """Return the recipe as it would be found on the next visit."""
-        self._sound = sound_part(self.recipe, self._sound)
-        return LastRecipe(self._sound, self._source)
+        self._keeper.at_once()
 
     def _begin_launch(self, *, sure: bool) -> None:
-        self._launching = True
-        self.query_one(FieldHelp).show_busy(_CHECKING)
+        self._busy_with(_CHECKING)
         self._launch(self.recipe, sure, self._forecast.planned)
 
     @work(thread=True)
@@ -375,9 +372,9 @@ class ConfigureScreen(Screen[None]):
         try:
             from studio.tui.panels.forecast_text import question_before_launch  # noqa: PLC0415  with the estimator
 
-            question = None if sure else question_before_launch(recipe, self._services, planned)
-            if question is not None:
-                self.post_message(self.OverBudget(recipe, question))
+            known = (recipe, self._services, planned, self._forecast.longest_tokens)
+            if not sure and (question := question_before_launch(*known)) is not None:
+                self.call_later(self._ask_over_budget, recipe, question)
                 return
             worker, show = get_current_worker(), self.query_one(FieldHelp).show_busy
             told = ReadingTold(lambda words: self.app.call_from_thread(show, words), lambda: worker.is_cancelled)
@@ -385,13 +382,13 @@ class ConfigureScreen(Screen[None]):
         except Abandoned:
             return
         except StudioError as error:
-            self.post_message(self.Refused(str(error)))
+            self.call_later(self._refused, str(error))
         else:
-            self.post_message(self.Launched(paths))
+            self.call_later(self._launched, paths)
 
-    def _end_launch(self) -> None:
-        self._launching = False
-        self.query_one(FieldHelp).show_busy("")
+    def _busy_with(self, words: str) -> None:
+        self._launching = bool(words)
+        self.query_one(FieldHelp).show_busy(words)
 
     def _show_problems(self) -> bool:
         """List what is wrong with the recipe and return whether anything is."""
