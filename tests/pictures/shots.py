@@ -60,7 +60,13 @@ SHOTS = (
     Shot(
         "run-stop", "Confirm", "Asking before a training is stopped", (("", "Stop"), ("x", "y")), run="live", live=True
     ),
-    Shot("runs", "RunsScreen", "All runs: what runs, what ended, what came of it", (("o", "docs-long"),), live=True),
+    Shot(
+        "runs",
+        "RunsScreen",
+        "All runs: what runs, what ended, what came of it",
+        (("", "Stop"), ("escape", "Rank"), ("o", "docs-long")),
+        live=True,
+    ),
     Shot("setup-machine", "SetupScreen", "Set-up: what it will train on", (("", "1 Machine"),), setup=_ASKED),
     Shot(
         "setup-model", "SetupScreen", "Set-up: the model that is to learn", (_TO_MODEL, ("", "SmolLM2")), setup=_ASKED

@@ -93,7 +93,8 @@ def glance_text(opened: Opened, summary: Summary, cells: int) -> Content:
 def _added_up(opened: Opened, summary: Summary, cells: int) -> _Parts:
     parts: _Parts = []
     for label, words, style in _facts(opened, summary):
-        lines = wrap(words, max(_LABEL, cells - _LABEL - 1))
+        together = words.replace(" %", "\N{NO-BREAK SPACE}%")  # a number and its sign stay on one line
+        lines = wrap(together, max(_LABEL, cells - _LABEL - 1))
         parts += [(f"{label:{_LABEL}}", "dim"), (f"\n{'':{_LABEL}}".join(lines), style), "\n"]
     return [*parts, "\n", *_histogram(summary, cells)]
 
