@@ -35,11 +35,11 @@ _SMALLER = {
     "name": "first",
     "train.micro_batch": 4,
     "train.accumulation": 1,
-    "train.steps": 16,
+    "train.steps": 10,
     "train.seq_len": 128,
-    "train.checkpoint_every": 8,
-    "eval.rows": 16,
-    "eval.every": 8,
+    "train.checkpoint_every": 5,
+    "eval.rows": 8,
+    "eval.every": 5,
     "eval.samples": 1,
     "eval.sample_tokens": 16,
 }
@@ -113,9 +113,8 @@ def play(terminal: Terminal, reel: Reel) -> None:
     terminal.type("lora-studio --recipe first.toml")
     press(pause=0.5)
     press("Enter", seen=lambda text: "GiB" in text and "Rank" in text, hold=True)
-    press("Down", "Down", "Down", "Down", pause=0.25)
-    press(*["Right"] * 6, pause=0.4, hold=True)
-    press(*["Left"] * 6, pause=0.25)
+    press(*["Right"] * 5, pause=0.4, hold=True)
+    press(*["Left"] * 5, pause=0.25)
     press("m", hold=True)
     press("m", hold=True)
     press("r", seen=lambda text: "step" in text and "Stop" in text, hold=True)
