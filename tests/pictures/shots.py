@@ -109,7 +109,7 @@ SHOTS = (
         "open",
         "OpenScreen",
         "Opening a recipe: files, runs and shipped ones",
-        (("", "GiB"), ("O", "Open a recipe"), ("", "rank")),
+        (("", "GiB"), ("O", "Open a recipe"), ("", "Rank 16")),
         LARGE,
     ),
     Shot("save", "AskLine", "Saving a recipe", (("", "GiB"), ("s", "Save the recipe as")), LARGE),
