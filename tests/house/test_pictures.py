@@ -16,6 +16,7 @@ from textual.screen import Screen
 from studio.tui import screens
 from tests.house.test_readme import PAGES as PAGES_OF_WORDS
 from tests.house.test_readme import ROOT
+from tests.pictures.__main__ import elsewhere
 from tests.pictures.drawn import HIGH, WIDE, Frame, Ground, hexadecimal, moving, rows_of, shape_of, still
 from tests.pictures.film import rows_from
 from tests.pictures.findings import contrast, empty_share, findings
@@ -107,6 +108,14 @@ def test_a_screen_has_the_colours_of_its_look(tmp_path: Path, monkeypatch: pytes
     assert len({frozenset(found) for found in colours.values()}) == len(chosen)
     assert colours["sixteen"] <= {f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in STANDARD_PALETTE._colors}
     assert all(each[1:3] == each[3:5] == each[5:7] for each in colours["no-color"])
+
+
+def test_no_folder_of_this_machine_is_pictured() -> None:
+    home = Path("/somewhere/on/this/machine")
+    rows = rows_of([[Segment(f"in {home}/runs "), Segment("next")]])
+    ((first, _), (second, _)) = elsewhere(rows, home)[0]
+    assert first.rstrip() == "in ~/lora-studio/runs"
+    assert (len(first), second) == (len(rows[0][0][0]), "next")
 
 
 def test_every_screen_is_pictured() -> None:

@@ -20,7 +20,7 @@ from textual.pilot import Pilot
 
 from studio.runs.home import HOME_VARIABLE
 from studio.tui.app import StudioApp
-from tests.pictures.drawn import still
+from tests.pictures.drawn import Row, still
 from tests.pictures.findings import findings
 from tests.pictures.home import Home
 from tests.pictures.looks import LOOKS, SIZES, Look, cells_of, wear
@@ -51,11 +51,23 @@ async def take(shot: Shot, home: Home, sizes: Sequence[tuple[int, int]], looks: 
                 await steady(pilot, app, look)
                 file = out / f"{columns}x{rows}" / look.name / f"{shot.name}.svg"
                 file.parent.mkdir(parents=True, exist_ok=True)
-                cells = cells_of(app, look)
+                cells = elsewhere(cells_of(app, look), home.folder)
                 file.write_text(picture := still(cells, columns, look.ground, shot.words), "utf-8")
                 found += [f"{file.relative_to(out)}: {words}" for words in findings(cells, columns, look.ground)]
                 if shot.name in PAGES and (columns, rows, look) == (*SIZES[0], LOOKS[0]) and out == OUT:
                     (DOCS / file.name).write_text(picture, "utf-8")
+    return found
+
+
+def elsewhere(rows: Sequence[Row], home: Path) -> list[Row]:
+    """Return a screen as it would be on the reader's machine: with their folders in place of those of this one."""
+    found = []
+    for row in rows:
+        parts = []
+        for text, style in row:
+            told = text.replace(str(home), "~/lora-studio").replace(str(ROOT), "~/src/lora-studio")
+            parts.append((told.ljust(len(text))[: len(text)] if told != text else text, style))
+        found.append(parts)
     return found
 
 
