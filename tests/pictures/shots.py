@@ -150,7 +150,7 @@ SHOTS = (
     Shot("audit-ask", "AskAudit", "Asking for an audit", (("o", "demo-"), ("end", ""), ("a", "Start"))),
     Shot("chat", "ChatScreen", "The tuned model and its base, side by side", (_DONE, ("t", "Ask")), run="done"),
 )
-PAGES = ("configure",)
+PAGES = ("configure", "run", "runs", "open", "data")
 """The pictures that README and docs/ show: 120x40 and dark, in docs/pictures."""
 
 
