@@ -16,12 +16,11 @@ from textual.screen import Screen
 from studio.tui import screens
 from tests.house.test_readme import PAGES as PAGES_OF_WORDS
 from tests.house.test_readme import ROOT
-from tests.pictures.__main__ import elsewhere
 from tests.pictures.drawn import HIGH, WIDE, Frame, Ground, hexadecimal, moving, rows_of, shape_of, still
 from tests.pictures.film import rows_from
 from tests.pictures.findings import contrast, empty_share, findings
 from tests.pictures.home import Home
-from tests.pictures.looks import LOOKS, cells_of, wear
+from tests.pictures.looks import LOOKS, cells_of, elsewhere, wear
 from tests.pictures.shots import PAGES, SHOTS, studio_for
 
 _SVG = "{http://www.w3.org/2000/svg}"
@@ -134,7 +133,7 @@ def test_the_pages_show_what_is_made_and_nothing_else_lies_there() -> None:
     shown = {
         (page.parent / place).resolve() for page in PAGES_OF_WORDS for place in link.findall(page.read_text("utf-8"))
     }
-    made = {ROOT / "docs" / "pictures" / f"{name}.svg" for name in PAGES}
+    made = {ROOT / "docs" / "pictures" / f"{name}.svg" for name in (*PAGES, "film")}
     assert shown == made
     assert set((ROOT / "docs" / "pictures").iterdir()) == made
     assert {shot.name for shot in SHOTS} >= set(PAGES)

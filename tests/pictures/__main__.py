@@ -20,10 +20,10 @@ from textual.pilot import Pilot
 
 from studio.runs.home import HOME_VARIABLE
 from studio.tui.app import StudioApp
-from tests.pictures.drawn import Row, still
+from tests.pictures.drawn import still
 from tests.pictures.findings import findings
 from tests.pictures.home import Home
-from tests.pictures.looks import LOOKS, SIZES, Look, cells_of, wear
+from tests.pictures.looks import LOOKS, SIZES, Look, cells_of, elsewhere, wear
 from tests.pictures.shots import PAGES, SHOTS, Shot, studio_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,18 +56,6 @@ async def take(shot: Shot, home: Home, sizes: Sequence[tuple[int, int]], looks: 
                 found += [f"{file.relative_to(out)}: {words}" for words in findings(cells, columns, look.ground)]
                 if shot.name in PAGES and (columns, rows, look) == (*SIZES[0], LOOKS[0]) and out == OUT:
                     (DOCS / file.name).write_text(picture, "utf-8")
-    return found
-
-
-def elsewhere(rows: Sequence[Row], home: Path) -> list[Row]:
-    """Return a screen as it would be on the reader's machine: with their folders in place of those of this one."""
-    found = []
-    for row in rows:
-        parts = []
-        for text, style in row:
-            told = text.replace(str(home), "~/lora-studio").replace(str(ROOT), "~/src/lora-studio")
-            parts.append((told.ljust(len(text))[: len(text)] if told != text else text, style))
-        found.append(parts)
     return found
 
 

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event, Thread
 
@@ -21,6 +21,7 @@ from studio.runs.recipe_file import dump_recipe, load_recipe, shipped_recipes
 from studio.runs.supervise import stop
 from tests.pictures.drawn import Frame, Ground, Row, moving, rows_of
 from tests.pictures.home import Home
+from tests.pictures.looks import elsewhere
 from tests.story.tmux import Terminal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,7 +147,7 @@ def main(words: Sequence[str]) -> int:
         terminal.close()
         for folder in home.runs.glob("*"):
             stop(RunPaths(folder), grace_seconds=10)
-    frames = reel.frames()
+    frames = [replace(frame, rows=elsewhere(frame.rows, home.folder)) for frame in reel.frames()]
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(moving(frames, COLUMNS, Ground(), "Launch, gauge, training and merge in lora-studio"), "utf-8")
     seconds, megabytes = sum(frame.seconds for frame in frames), file.stat().st_size / 1e6

@@ -1,6 +1,8 @@
 """How a screen can look: the sizes of terminals, and the colours that a person or a terminal asks for."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich._palettes import STANDARD_PALETTE
 from rich.color import Color, ColorSystem
@@ -12,6 +14,7 @@ from studio.tui.app import StudioApp
 from studio.tui.themes import COLOUR_BLIND, SIXTEEN
 from tests.pictures.drawn import Ground, Row, rows_of
 
+ROOT = Path(__file__).resolve().parents[2]
 SIZES = ((120, 40), (80, 24), (200, 60))
 """Columns and rows: a usual window, the smallest one that is promised, and a large one."""
 
@@ -71,3 +74,15 @@ def in_sixteen(style: Style) -> Style:
 def _nearest(colour: Color | None) -> Color | None:
     number = colour.downgrade(ColorSystem.STANDARD).number if colour else None
     return colour if number is None else Color.from_triplet(STANDARD_PALETTE[number])
+
+
+def elsewhere(rows: Sequence[Row], home: Path) -> list[Row]:
+    """Return a screen as it would be on the reader's machine: with their folders in place of those of this one."""
+    found = []
+    for row in rows:
+        parts = []
+        for text, style in row:
+            told = text.replace(str(home), "~/lora-studio").replace(str(ROOT), "~/src/lora-studio")
+            parts.append((told.ljust(len(text))[: len(text)] if told != text else text, style))
+        found.append(parts)
+    return found

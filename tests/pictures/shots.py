@@ -112,6 +112,7 @@ SHOTS = (
         (("", "GiB"), ("O", "Open a recipe"), ("", "Rank 16")),
         LARGE,
     ),
+    Shot("find", "FindScreen", "Finding a field by a word", (("", "GiB"), ("slash", ""), ("type:rate", "")), LARGE),
     Shot("save", "AskLine", "Saving a recipe", (("", "GiB"), ("s", "Save the recipe as")), LARGE),
     Shot("help", "HelpScreen", "The keys of a screen, explained", (("", "GiB"), ("question_mark", "Keys")), LARGE),
     Shot("palette", "CommandPalette", "The command palette", (("", "GiB"), ("ctrl+p", "Search")), LARGE),
