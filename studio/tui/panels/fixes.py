@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from textual.binding import Binding, BindingType
 from textual.content import Content
+from textual.geometry import Size
 from textual.message import Message
 from textual.widgets import OptionList
 from textual.widgets.option_list import Option
@@ -94,6 +95,10 @@ class FixList(OptionList):
         """Take a fix by its number from 1."""
         if number <= len(self._offered) and (fix := self._offered[number - 1]) is not None:
             self.post_message(self.Chosen(fix))
+
+    def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
+        """Return the rows that the fixes take; textual fails where a terminal leaves no cell for them."""
+        return super().get_content_height(container, viewport, max(1, width))
 
     def action_cursor_up(self) -> None:
         """Move up, from the first one out of the list."""
