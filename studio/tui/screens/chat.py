@@ -48,6 +48,8 @@ class Column(VerticalScroll):
         width: 1fr;
         padding: 0 1;
         border-top: solid $foreground 20%;
+        border-title-color: $foreground;
+        border-title-style: bold;
         & > Static { height: auto; }
     }
     """
