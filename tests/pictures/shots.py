@@ -145,7 +145,7 @@ SHOTS = (
         "merge-done",
         "MergeProgressScreen",
         "A merge that was verified",
-        (("o", "Merges"), ("type:/merge-", ""), ("enter", ""), ("m", "verified")),
+        (("o", "Merges"), ("type:/merge-", ""), ("enter", ""), ("m", "Verified")),
     ),
     Shot("audit", "AuditScreen", "What 4 bits cost this adapter", (("a", "Audit"), ("", "held"))),
     Shot("audit-ask", "AskAudit", "Asking for an audit", (("o", "demo-"), ("end", ""), ("a", "Start"))),
