@@ -2,7 +2,7 @@
 
 `python -m tests.bench.few_rows FOLDER` runs the training job itself on each setting that `few_rows.jsonl` has no line
 for yet, adds a line as each ends, and writes `few_rows_results.md` of all lines. It can be stopped and started again.
-FOLDER gets the runs and the converted model. `studio.core.few_rows` advises from these figures.
+FOLDER gets the runs and the converted model. `studio.core.advice` advises from these figures.
 """
 
 import json
@@ -142,6 +142,8 @@ def measured(setting: Setting, folder: Path) -> dict[str, Any]:
         raise RuntimeError(f"the training broke: {paths.events.read_text(encoding='utf-8')[-2000:]}")
     history = History()
     history.fold(read_events(paths.events))
+    if history.finished is None or history.finished.outcome != "done":
+        raise RuntimeError(f"the training ended before its last step, at step {history.last_step}")
     first, last = history.evals[0], history.evals[-1]
     return asdict(setting) | {
         "steps": history.last_step, "before": first.loss, "after": last.loss, "gain": last.gain,
