@@ -26,7 +26,9 @@ class BusyConfigure(ConfigureScreen):
     DEFAULT_CSS = """
     BusyConfigure LinePlot { height: 9; }
     BusyConfigure Forecast, BusyConfigure.-wide Forecast { height: 16; }
-    BusyConfigure.-wide #work, BusyConfigure.-wide.-unfolded #work { grid-size: 2 1; grid-rows: 1fr; }
+    BusyConfigure.-wide #work { layout: horizontal; }
+    BusyConfigure.-wide #side { width: 1fr; }
+    BusyConfigure.-wide DataNote { height: 1; border: none; }
     """
 
     def compose(self) -> ComposeResult:

@@ -73,7 +73,7 @@ def field_help_text(path: str | None, problems: Sequence[str], busy: str) -> Con
         field = FIELDS[path]
         parts.append(f"{field.help}\n")
         if field.cost:
-            parts.append((f"{field.cost}\n", "$text-muted"))
+            parts.append((f"{field.cost}\n", "dim"))
         if isinstance(field.kind, Number):
             parts.append((f"{field.kind.allowed}. ", "dim"))
         turned = options_of(path) or (isinstance(field.kind, Number) and field.kind.stops)

@@ -256,7 +256,7 @@ class Forecast(VerticalScroll):
 
         rows = rows_words(self._recipe, self._longest_tokens)
         first, *others = peak_words(outlook, forecaster.device, rows, keys=self._keys_named)
-        self._update("#peak", Content.assemble(first, *((f"\n{line}", "$text-muted") for line in others)))
+        self._update("#peak", Content.assemble(first, *((f"\n{line}", "dim") for line in others)))
 
     def _show_reason(self, reason: str) -> None:
         self._show_reading(Reading(verdict=plain(reason, one_line=True, limit=200)))

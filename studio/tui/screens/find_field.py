@@ -53,7 +53,7 @@ class FindScreen(Picker[str]):
             changed = not why and self._recipe.get(path) != FIELDS[path].default
             line = Content.assemble(
                 f"{FIELDS[path].label:{_LABEL}}",
-                (f"{value:{_VALUE}} ", "$text-muted" if why else "bold" if changed else ""),
+                (f"{value:{_VALUE}} ", "dim" if why else "bold" if changed else ""),
                 (path, "dim"),
             )
             yield None if why else path, line
