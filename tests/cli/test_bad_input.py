@@ -176,8 +176,8 @@ def test_a_command_line_that_makes_no_sense(cli: Cli, home: Path, words: list[st
     ("words", "said"),
     [
         (
-            ["plan", "demo", "--data", "x"],
-            "lora-studio plan: unrecognized arguments: --data x; see: lora-studio plan -",
+            ["fit", "demo", "--data", "x"],
+            "lora-studio fit: unrecognized arguments: --data x; see: lora-studio fit -",
         ),
         (["plan", "demo", "--jsn"], "lora-studio plan: unrecognized arguments: --jsn; perhaps --json; see: "),
         (["runs", "list", "all"], "lora-studio runs list: unrecognized arguments: all; see: lora-studio runs list --"),

@@ -82,6 +82,7 @@ MORE_FAMILIES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad_checkpointing", [True, False])
 @pytest.mark.parametrize("family", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_FAMILIES)])
 def test_other_families_on_a_cpu(family: str, grad_checkpointing: bool) -> None:

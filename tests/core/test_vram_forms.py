@@ -71,6 +71,7 @@ def compared(family: str, settings: dict[str, Any]) -> tuple[int, Any]:
     return max(map(height, peaks.values())), estimate.allocated
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["deepseek_v3", "gemma4_text"])
 def test_a_step_that_keeps_everything(family: str) -> None:
     traced, estimated = compared(family, KEPT)

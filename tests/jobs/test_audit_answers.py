@@ -95,6 +95,7 @@ def test_every_form_answers_as_it_would_alone(report: dict[str, Any], trained: R
             assert row["answers"][name]["text"] == plain_answer(model, tokenizer, row["prompt"]), name
 
 
+@pytest.mark.slow
 def test_rules_follow_from_the_held_out_answers(report: dict[str, Any]) -> None:
     checks = {check["name"]: check for check in report["answers"]["checks"]}
     assert list(checks) == [

@@ -316,6 +316,7 @@ _BEFORE: dict[str, dict[str, Any]] = {}
 """What was seen before a change, by the settings; the runs of one are alike, which the first test after it shows."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(ROWS))
 def test_a_change_of_the_field_shows(
     path: str, recipe: Recipe, train: Train, tmp_path: Path, spied: dict[str, list[Any]]

@@ -73,7 +73,7 @@ def result_of(step_model: StepModel, batcher: Batcher) -> tuple[float, dict[str,
     return float(torch.stack(values).sum().detach()), gradients
 
 
-@pytest.mark.parametrize("method", ["lora", "nf4"])
+@pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "nf4"])
 @pytest.mark.parametrize("case", CASES)
 def test_losses_and_gradients_to_five_digits(case: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_chunk, "WORKSPACE_BYTES", 10 * 120 * 7)

@@ -37,7 +37,7 @@ from tests.jobs.family_cases import (
 from tests.jobs.family_open import OPEN, REFUSED
 from tests.jobs.merge_cases import tensors_of
 
-FAST = ("gemma2", "mixtral", "lfm2", "gemma3", "qwen3_vl")
+FAST = ("gemma2", "mixtral", "lfm2")
 STEPS = 4
 KNOWN, UNKNOWN = 0.02, 0.10
 """How far an estimate may be from the trace, relatively, for families that are known and that are not."""

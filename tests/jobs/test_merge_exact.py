@@ -27,6 +27,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora bias": {"target_modules": ["q_proj"], "lora_bias": True},
     "biases": {"target_modules": ATTENTION, "bias": "all"},
 }
+FAMILIES = ("llama", "qwen2", "gemma", "gemma2", "mixtral", "qwen3_moe")
+FAST = ("qwen2", "mixtral")
 EXPERTS = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 TABLE = [
     *[("llama", kind) for kind in KINDS if kind not in {"lora bias", "biases"}],
@@ -37,7 +39,12 @@ TABLE = [
 ]
 
 
-@pytest.mark.parametrize(("family", "kind"), TABLE)
+def _case(family: str, *more: Any) -> Any:
+    """A case for every run of the tests, or for the slow ones."""
+    return pytest.param(family, *more, marks=() if family in FAST else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("family", "kind"), [_case(*row) for row in TABLE])
 def test_every_bit_is_that_of_pefts_fp32_merge(tmp_path: Path, family: str, kind: str) -> None:
     base = make_base(tmp_path / "base", family, tie_word_embeddings=False)
     adapter = make_adapter(tmp_path / "adapter", base, **KINDS[kind])
@@ -52,7 +59,7 @@ def test_fused_experts_go_back_to_one_tensor_each(tmp_path: Path, family: str, m
     _same(our_merge(our_steps(base, adapter)), pefts_merge(base, adapter, tmp_path / "peft"))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "gemma2", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", [_case(one) for one in FAMILIES])
 @pytest.mark.parametrize("more", [{}, {"modules_to_save": ["embed_tokens", "lm_head"]}])
 def test_a_larger_vocabulary(tmp_path: Path, family: str, more: dict[str, Any]) -> None:
     base = make_base(tmp_path / "base", family, tie_word_embeddings=False)
@@ -60,7 +67,7 @@ def test_a_larger_vocabulary(tmp_path: Path, family: str, more: dict[str, Any]) 
     _same(our_merge(our_steps(base, adapter)), pefts_merge(base, adapter, tmp_path / "peft", 264))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "gemma2", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", [_case(one) for one in FAMILIES])
 @pytest.mark.parametrize("kind", ["plain", "dora", "tokens"])
 def test_a_tied_head_that_is_not_adapted(tmp_path: Path, family: str, kind: str) -> None:
     base = make_base(tmp_path / "base", family, tie_word_embeddings=True)
@@ -75,8 +82,12 @@ ODD = {"target_modules": "all-linear", "lora_alpha": 12}
 
 @pytest.mark.parametrize(
     ("family", "kind"),
-    [(family, kind) for family in ("llama", "qwen2", "gemma2") for kind in ("plain", "scaling 3", "rslora", "patterns")]
-    + [("qwen2", "biases"), ("mixtral", "plain"), ("qwen3_moe", "plain")],
+    [
+        _case(name, kind)
+        for name in ("llama", "qwen2", "gemma2")
+        for kind in ("plain", "scaling 3", "rslora", "patterns")
+    ]
+    + [_case("qwen2", "biases"), _case("mixtral", "plain"), _case("qwen3_moe", "plain")],
 )
 def test_rows_summed_in_blocks_have_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, kind: str

@@ -62,6 +62,7 @@ def _failure(paths: RunPaths) -> str:
     return failed.message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TIED)
 def test_a_tied_head_answers_as_trained(tmp_path: Path, merge: Merge, kind: str) -> None:
     config, stays_tied = TIED[kind]
@@ -76,6 +77,7 @@ def test_a_tied_head_answers_as_trained(tmp_path: Path, merge: Merge, kind: str)
     assert report["closeness"]["largest_logit_difference"] < 2e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{"modules_to_save": ["embed_tokens", "lm_head"]}, {}])
 def test_added_tokens_come_with_the_adapter(tmp_path: Path, merge: Merge, more: dict[str, Any]) -> None:
     base = make_base(tmp_path / "base", "llama", torch.float32, tie_word_embeddings=False)
@@ -138,6 +140,7 @@ def test_many_shards_are_the_same_model(
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_another_format_is_written_into_the_config(base: Path, adapter: Path, merge: Merge, tmp_path: Path) -> None:
     merge(adapter, base, tmp_path / "out", dtype="fp32")
     assert {tensor.dtype for tensor in tensors_of(tmp_path / "out").values()} == {torch.float32}
@@ -208,6 +211,7 @@ def test_a_damaged_shard_of_a_killed_merge_is_made_anew(
     assert all(torch.equal(anew[key], fresh[key]) for key in fresh)
 
 
+@pytest.mark.slow
 def test_shards_of_another_adapter_are_not_taken_up(
     base: Path, adapter: Path, merge: Merge, tmp_path: Path, small_shards: None
 ) -> None:
@@ -275,6 +279,7 @@ def test_a_disk_that_fills_up_leaves_nothing(
     assert not list(tmp_path.glob("*out*"))
 
 
+@pytest.mark.slow
 def test_a_real_disk_that_fills_up_while_it_is_written(
     base: Path, adapter: Path, merge: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_shards: None
 ) -> None:
@@ -293,6 +298,7 @@ def test_a_real_disk_that_fills_up_while_it_is_written(
         assert tensors_of(disk / "out")
 
 
+@pytest.mark.slow
 def test_what_appears_at_the_output_meanwhile_is_kept_and_so_is_the_model(
     base: Path, adapter: Path, merge: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -410,6 +416,7 @@ def test_a_memory_without_room_is_seen_before_anything_is_written(
     assert not list(tmp_path.glob("*out*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "config"),
     [

@@ -83,7 +83,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("family", "changes"), CASES)
-@pytest.mark.parametrize("loss", ["chunked", "full"])
+@pytest.mark.parametrize("loss", ["chunked", pytest.param("full", marks=pytest.mark.slow)])
 def test_no_row_sees_another(family: str, changes: dict[str, Any], loss: str) -> None:
     step_model = step_model_of(family, loss, **changes)
     stir(step_model)
@@ -307,7 +307,7 @@ def test_measuring_leaves_no_gradient() -> None:
     assert all(parameter.grad is None for parameter in step_model.parameters())
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "qlora"])
 def test_packed_training_has_the_losses_of_padded_training(train: Train, recipe: Recipe, method: str) -> None:
     recipe = recipe.with_("method", method).with_("train.micro_batch", 3).with_("train.accumulation", 2)
     recipe = recipe.with_("eval.rows", 1).with_("train.grad_checkpointing", True).with_("train.group_by_length", False)

@@ -58,7 +58,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[between.B
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_8bit"])
-@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "qlora"])
 def test_resumed_equals_uninterrupted(
     train: Train, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, method: str, optimizer: str
 ) -> None:

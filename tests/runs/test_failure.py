@@ -66,6 +66,7 @@ except BaseException as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_AS"), reason="no limit of the address space here")
 def test_a_file_that_does_not_fit_into_the_address_space_is_out_of_memory(tmp_path: Path) -> None:
     save_file({"weights": torch.zeros(30 * 2**20)}, tmp_path / "model.safetensors")

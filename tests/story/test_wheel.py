@@ -26,7 +26,7 @@ def test_the_sdist_holds_what_the_readme_shows_and_builds_the_same_wheel(built: 
     (source,) = tmp_path.iterdir()
     readme = (source / "README.md").read_text("utf-8")
     linked = {place for place in re.findall(r"\]\(([^)#]+)\)", readme) if "://" not in place}
-    assert {"docs/configure.png", "docs/run.png", "tests/bench/audit_results.md"} <= linked
+    assert {"docs/pictures/configure.svg", "docs/pictures/run.svg", "tests/bench/audit_results.md"} <= linked
     for place in linked:
         assert (source / place).is_file(), place
     for name in (

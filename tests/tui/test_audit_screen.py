@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from textual.pilot import Pilot
-from textual.widgets import DataTable, Input
+from textual.widgets import Input
 
 from studio.core.errors import BadInput
 from studio.core.events import Finished, Phase, Started
@@ -344,7 +344,7 @@ def test_a_run_without_an_adapter_is_not_audited(tmp_path: Path) -> None:
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await pilot.press("o")
-        await until(pilot, lambda: app.screen.query(DataTable) and app.screen.query_one(DataTable).row_count == 1)
+        await until(pilot, lambda: "✓ audit-base" in shown(app))
         await pilot.press("a")
         await until(pilot, lambda: "Only a training run has an adapter to audit" in shown(app))
 

@@ -364,7 +364,9 @@ def test_a_late_answer_about_another_model_is_passed_over(tmp_path: Path) -> Non
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("size", [(1, 1), (20, 5), (40, 12), (300, 90)])
+@pytest.mark.parametrize(
+    "size", [(1, 1), *(pytest.param(one, marks=pytest.mark.slow) for one in ((20, 5), (40, 12), (300, 90)))]
+)
 def test_any_size(tmp_path: Path, size: tuple[int, int]) -> None:
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await forecast(pilot, app)

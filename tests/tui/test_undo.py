@@ -61,6 +61,7 @@ def notices(app: StudioApp) -> list[str]:
     return [notice.message for notice in app._notifications]
 
 
+@pytest.mark.slow
 @BOTH
 def test_every_kind_of_change_is_undone_and_redone_in_turn(tmp_path: Path, size: tuple[int, int]) -> None:
     other = tmp_path / "other.toml"
@@ -197,7 +198,14 @@ def test_the_history_is_bounded_and_a_run_of_steps_is_kept_in_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "turn"), [("adapter.rank", "right"), ("method", "right"), ("train.optimizer", "left"), ("name", "x")]
+    ("path", "turn"),
+    [
+        ("adapter.rank", "right"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("method", "right"), ("train.optimizer", "left"), ("name", "x"))
+        ),
+    ],
 )
 def test_enter_edits_and_escape_leaves_it_as_it_was(tmp_path: Path, path: str, turn: str) -> None:
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
