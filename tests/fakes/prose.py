@@ -1,5 +1,6 @@
-"""English text of our own, on which tests train small tokenizers."""
+"""English text on which tests train small tokenizers."""
 
+import json
 from functools import cache
 
 from tests.fakes.runs import CHECKOUT
@@ -7,6 +8,6 @@ from tests.fakes.runs import CHECKOUT
 
 @cache
 def prose() -> str:
-    """The README and the pages of docs/ that are written by hand."""
-    pages = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("*.md"))]
-    return "\n".join(page.read_text("utf-8") for page in pages)
+    """The words of the demo's rows: they stay as they are, so that tokens, and all that follows from them, do too."""
+    lines = (CHECKOUT / "recipes" / "data" / "stdlib_qa.jsonl").read_text("utf-8").splitlines()
+    return "\n".join(message["content"] for line in lines for message in json.loads(line)["messages"])
