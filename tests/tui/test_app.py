@@ -193,7 +193,7 @@ def test_a_real_process_is_launched_watched_left_found_again_and_stopped(tmp_pat
     seen: list[RunPaths] = []
 
     def start(recipe: Recipe, runs_root: Path, progress: object = None) -> RunPaths:
-        environment = fake_environment(steps=2000, seconds=0.02)
+        environment = fake_environment(steps=100_000, seconds=0.02)
         seen.append(start_job(recipe, runs_root, module=MODULE, environment=environment))
         return seen[-1]
 
