@@ -255,12 +255,12 @@ class SetupScreen(Screen[SetupDone | None]):
         self._tell_recommendation()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Offer to show rows only where a file is chosen, and to change to the line of text only where there is one."""
-        where = {"show_data": ("data",), "list_or_text": ("model", "data")}
+        """Offer to show rows only where a file is chosen, and to change to the text only where there is one."""
+        where = {"show_data": ("data",), "list_or_text": ("model", "data", "recipe")}
         return self.step in where.get(action, STEPS)
 
     def action_list_or_text(self) -> None:
-        """Change between the list and the line below it."""
+        """Change between the list and the line below it, or the reasons of a recipe."""
         self.focus_next()
 
     def action_show_data(self) -> None:
