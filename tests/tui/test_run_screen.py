@@ -125,6 +125,21 @@ def test_phases_before_the_first_step(tmp_path: Path) -> None:
         play(story, tmp_path, open_run=paths)
 
 
+def test_a_plot_says_that_no_step_told_its_memory(tmp_path: Path) -> None:
+    paths = make_run(tmp_path)
+    with LiveWorker(paths) as worker:
+        worker.emit(Started, job="train")
+        worker.emit(StepDone, step=1, loss=1.5, learning_rate=2e-4, grad_norm=0.5, tokens=1, seconds=1.0)
+
+        async def story(pilot: Pilot[None], app: StudioApp) -> None:
+            await until(pilot, lambda: "none told its memory" in " ".join(shown(app).split()))
+            worker.emit(Finished, outcome="done")
+            await until(pilot, lambda: "done after 1 step" in shown(app))
+            assert "before its first step" not in shown(app)
+
+        play(story, tmp_path, open_run=paths)
+
+
 @pytest.mark.parametrize(("size", "alone"), [(NARROW, True), (WIDE, False)])
 def test_views(tmp_path: Path, size: tuple[int, int], alone: bool) -> None:
     paths = make_run(tmp_path)

@@ -95,12 +95,16 @@ class RunPlots(Container):
             values = [to_gib(value) for value in getattr(readings, curve.key)[begin:]]
             _hand_on(self._memory, curve.key, begin, readings.steps[begin:], values)
 
-    def say_why_empty(self, status: Status) -> None:
-        """Let a plot without a point say why it has none."""
-        early = "The run ended before its first step, so there is no {} to draw."
-        live = "No step is done yet. The {} is drawn from the first one on."
+    def say_why_empty(self, status: Status, steps: int) -> None:
+        """Let a plot without a point say why it has none, after so many steps."""
+        if steps:
+            why = "Steps were done, but none told its {}."
+        elif status.live:
+            why = "No step is done yet. The {} is drawn from the first one on."
+        else:
+            why = "The run ended before its first step, so there is no {} to draw."
         for plot, what in ((self._loss, "loss"), (self._memory, "memory")):
-            plot.empty = (live if status.live else early).format(what)
+            plot.empty = why.format(what)
 
     def show_sample(self, steps: Sequence[int], losses: Sequence[float], total: int | None) -> None:
         """Draw a few steps of a long log at once, until the log is read."""

@@ -336,7 +336,7 @@ class RunScreen(OfferingScreen[None]):
             self.query_one(PairPlots).show(glance.history)
             self.query_one(Samples).show(glance.history, glance.status)
             self.query_one(Notes).show(glance.history)
-        self.query_one(RunPlots).say_why_empty(glance.status)
+        self.query_one(RunPlots).say_why_empty(glance.status, len(glance.history.train.steps))
         self.query_one(LogSearch).say_of_empty(_why_no_output(glance.status))
         self._offer_views()
         if glance.behind or self._slices_left is not None:
