@@ -84,8 +84,12 @@ class Asked:
 
 
 def given(services: Services | None = None, **calls: Callable[..., object]) -> Services:
-    """Services of which some are a test's own; the others are the real ones, or those of `services`."""
-    services = services or Services()
+    """Services of which some are a test's own; the others are the real ones, or those of `services`.
+
+    Unless a test says otherwise no process looks at the data: `settle` would wait until it has added up all rows.
+    """
+    if services is None:
+        services, calls = Services(), {"glance_at_data": lambda recipe: None, **calls}
     for name, call in calls.items():
         assert hasattr(services, name)
         setattr(services, name, call)
