@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from studio.probe.model_folder import CONFIG
 from studio.runs.job import read_job
 from studio.runs.layout import ADAPTER_CONFIG
 from studio.runs.requests import ONTO, ExportRequest, MergeRequest
-from studio.runs.store import find_run
+from studio.runs.store import find_run, runs_in
 from studio.runs.watch import RunWatch
 
 
@@ -98,9 +99,18 @@ def export_request(word: str, root: Path, *, out: str, form: str, base: str = ""
     if isinstance(merged, MergeRequest):
         return ExportRequest(merged.out, target, form, merged.run, onto=merged.onto)
     if merged is not None:
-        return ExportRequest(str(merged), target, form)
+        return ExportRequest(str(merged), target, form, _training_of(merged, root))
     adapter = merge_request(word, root, out=out, base=base)
     return ExportRequest(adapter.adapter, target, form, adapter.run, adapter.base, adapter.revision)
+
+
+def _training_of(merged: Path, root: Path) -> str:
+    """Return the training run whose adapter a merge put into this folder; empty where no run in `root` did."""
+    for paths in runs_in(root):
+        with suppress(BadInput):  # a damaged folder tells nothing of this one
+            if (merge := read_job(paths, MergeRequest)) and Path(merge.out) == merged and merge.run:
+                return merge.run
+    return ""
 
 
 def merged_model(word: str, root: Path) -> MergeRequest | Path | None:

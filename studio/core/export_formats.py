@@ -96,4 +96,11 @@ def export_checks(result: Mapping[str, Any]) -> list[str]:
             f"answers: KL {loss['mean_kl']:.2g} nats a token to what it was made from, same most likely token at "
             f"{loss['same_top_token']:.1%} of {loss['tokens']} tokens"
         )
+    system = result.get("system_prompt")
+    if isinstance(system, dict):
+        told = {
+            "training": f"the training's, with which {system['rows']} of {system['of']} rows begin",
+            "template": "the chat template's own",
+        }
+        lines.append(f"system prompt in the Modelfile: {told.get(system['from'], 'none')}")
     return lines

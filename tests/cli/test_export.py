@@ -48,6 +48,9 @@ def test_a_merge_run_names_its_model(cli: Cli, recipe: Path, merged: Path, tmp_p
     outcome = cli("export", merge, "--format", "nf4", "--out", str(tmp_path / "out"))
     assert outcome.code == 0, outcome.err
     assert f"exported model: {tmp_path / 'out'}" in outcome.out
+    folder = cli("export", str(out), "--format", "nf4", "--out", str(tmp_path / "two"), "--json").document
+    asked = read_job(RunPaths(Path(folder["path"])), ExportRequest)
+    assert asked is not None and Path(asked.run).name == run, "the folder alone tells which training it is of"
 
 
 def test_exports_follow_a_merge_by_themselves(

@@ -19,6 +19,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from studio.core.export_formats import export_checks
 from studio.jobs.base.llama import tool_process
 from studio.jobs.base.weights.streamed import folder_logits
 from studio.jobs.export import gguf, job, work
@@ -32,6 +33,7 @@ from studio.runs.requests import ExportRequest
 from studio.runs.scratch import export_scratch
 from studio.runs.status import run_status
 from studio.runs.store import left_over, remove_run
+from studio.runs.system_prompt import SystemPrompt, keep_system_prompt
 from studio.runs.worker import run_job
 from tests.fakes import fake_llama_tool
 from tests.fakes.runs import CHECKOUT
@@ -144,6 +146,30 @@ def test_a_folder_with_model_card_and_modelfile(merged: Path, export: Export, to
     assert json.loads((tools / "convert").read_text())[2] == "bf16"  # in between, as the weights are
     assert json.loads((tools / "quantize").read_text())[2] == "15"
     assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "told"),
+    [
+        ("You answer with one command.", 'SYSTEM "You answer with one command."', "the training's, with which 3 of 4"),
+        ('three """ quotes', "", "none"),
+    ],
+)
+def test_the_modelfile_carries_the_system_prompt_of_the_training(
+    merged: Path, export: Export, tools: Path, tmp_path: Path, text: str, line: str, told: str
+) -> None:
+    trained = RunPaths(tmp_path / "trained")
+    trained.root.mkdir()
+    keep_system_prompt(trained, SystemPrompt(text, 3, 4))
+    paths = export(merged, tmp_path / "out", "q8_0", run=str(trained.root))
+    written = (tmp_path / "out" / "Modelfile").read_text().splitlines()
+    assert [one for one in written if one.startswith("SYSTEM")] == ([line] if line else [])
+    warned = [event.message for event in history_of(paths).warnings if "system prompt" in event.message]
+    assert bool(warned) is (not line)
+    report = json.loads(paths.report.read_text())
+    wanted = (text, "training") if line else ("", "")
+    assert report["system_prompt"] == {"text": wanted[0], "from": wanted[1], "rows": 3, "of": 4}
+    assert any(told in said for said in export_checks(report))
 
 
 def test_one_file_where_one_is_named(merged: Path, export: Export, tools: Path, tmp_path: Path) -> None:

@@ -18,11 +18,12 @@ from studio.jobs.base.llama.gguf_tools import ensure_tools
 from studio.jobs.base.weights.skeleton import build_skeleton, clean_name
 from studio.jobs.export.gguf_view import make_view, strips_after_tokens
 from studio.jobs.export.lora_gguf import fold
-from studio.jobs.export.modelfile import ChatForm, chat_form, modelfile, stop_words
+from studio.jobs.export.modelfile import ChatForm, chat_form, modelfile, stop_words, system_of
 from studio.probe.adapter_folder import find_adapter
 from studio.probe.data import Message
 from studio.probe.export import refuse_what_gguf_lacks
 from studio.probe.llama_tools import TOOLS_VARIABLE
+from studio.runs.system_prompt import NO_SYSTEM_PROMPT, SystemPrompt
 from tests.fakes.go_template import HAS_GO, ollama_prompts
 from tests.fakes.modelfile_reader import read_modelfile
 from tests.fakes.tiny_model import CHAT_TEMPLATE, tiny_tokenizer
@@ -88,7 +89,8 @@ def test_a_form_writes_what_the_template_writes() -> None:
 
 
 def _modelfile(form: ChatForm | None, **more: Any) -> str:
-    settings = {"stops": ["<|im_end|>"], "context": 8192, "generation": {}, "adds_bos": True}
+    system, _ = system_of(form, NO_SYSTEM_PROMPT)
+    settings = {"system": system, "stops": ["<|im_end|>"], "context": 8192, "generation": {}, "adds_bos": True}
     return modelfile("./x.gguf", form, **{**settings, **more})
 
 
@@ -102,6 +104,28 @@ def test_a_modelfile_has_template_system_stops_and_context() -> None:
     template = text.split('TEMPLATE """')[1].split('"""')[0]
     assert '{{ else if eq .Role "user" }}<|im_start|>user\n{{ .Content }}<|im_end|>\n{{ else' in template
     assert template.endswith("<|im_start|>assistant\n{{ end }}{{ end }}")
+
+
+TERSE = 'You answer with "one" command.\nNothing else.'
+
+
+@pytest.mark.parametrize(
+    ("template", "trained", "wanted"),
+    [
+        (DEFAULT_SYSTEM, SystemPrompt(TERSE, 3, 4), (TERSE, "training")),
+        (DEFAULT_SYSTEM, SystemPrompt("", 4, 4), ("Be nice.", "template")),
+        (DEFAULT_SYSTEM, SystemPrompt(TERSE, 1, 4), ("Be nice.", "template")),
+        (CHAT_TEMPLATE, NO_SYSTEM_PROMPT, ("", "")),
+        (COUNTING, SystemPrompt(TERSE, 4, 4), (TERSE, "training")),
+        (DEFAULT_SYSTEM, SystemPrompt('three """ quotes', 4, 4), ("", "")),
+    ],
+)
+def test_the_system_prompt_of_most_rows_goes_before_the_templates_own(
+    template: str, trained: SystemPrompt, wanted: tuple[str, str]
+) -> None:
+    form = chat_form(_tokenizer(template))
+    assert system_of(form, trained) == wanted
+    assert dict(read_modelfile(_modelfile(form, system=wanted[0]))).get("system", "") == wanted[0]
 
 
 def test_a_start_token_that_the_reader_adds_is_not_written_twice() -> None:

@@ -22,7 +22,15 @@ from studio.jobs.base.tokenizer import load_tokenizer
 from studio.jobs.export.gguf_view import make_view, strips_after_tokens
 from studio.jobs.export.golden import Golden, check_golden, golden_texts
 from studio.jobs.export.model_card import CARD, loss_line, model_card, training_of
-from studio.jobs.export.modelfile import MODELFILE, chat_form, context_of, generation_of, modelfile, stop_words
+from studio.jobs.export.modelfile import (
+    MODELFILE,
+    chat_form,
+    context_of,
+    generation_of,
+    modelfile,
+    stop_words,
+    system_of,
+)
 from studio.jobs.export.work import TEXTS, Work, loss_of, merged_answers, tokens_for
 from studio.probe.gguf_header import read_gguf_header
 from studio.probe.model_folder import CONFIG, check_folder, read_config
@@ -103,7 +111,8 @@ def write_gguf(work: Work, made: Path) -> dict[str, Any]:
         made: A new folder.
 
     Returns:
-        For the report: what the golden conversations showed, and what the format cost.
+        For the report: what the golden conversations showed, what the format cost, and which system prompt the
+        Modelfile carries.
 
     Raises:
         BadInput: The model cannot be used.
@@ -146,8 +155,8 @@ def write_gguf(work: Work, made: Path) -> dict[str, Any]:
     if not kind:
         _require_right(loss)
     _warn(work, golden, form, loss)
-    _write_beside(work, out, golden, loss, (saved, config, generation))
-    return {"golden": asdict(golden), "loss": asdict(loss) if loss else None}
+    system = _write_beside(work, out, golden, loss, (saved, config, generation))
+    return {"golden": asdict(golden), "loss": asdict(loss) if loss else None, "system_prompt": system}
 
 
 def _convert(work: Work, tool: LlamaTool, form: str, merged: Path, *, out: Path, hints: TokenizerHints) -> None:
@@ -214,16 +223,22 @@ def _warn(work: Work, golden: Golden, form: str, loss: Closeness | None) -> None
 
 def _write_beside(
     work: Work, file: Path, golden: Golden, loss: Closeness | None, model: tuple[Any, dict[str, Any], dict[str, Any]]
-) -> None:
-    """Write Modelfile and card beside a file; `model` holds the model's tokenizer, config and generation config."""
+) -> dict[str, Any]:
+    """Write Modelfile and card beside a file and return which system prompt the Modelfile carries.
+
+    `model` holds the model's tokenizer, config and generation config.
+    """
     tokenizer, config, generation = model
+    form = chat_form(tokenizer)
+    system = system_of(form, work.trained_with)
     text = modelfile(
         f"./{file.name}",
-        chat_form(tokenizer),
+        form,
         stops=stop_words(tokenizer),
         context=context_of(config),
         generation=generation,
         adds_bos=golden.adds_bos,
+        system=system[0],
     )
     (file.parent / MODELFILE).write_text(text, encoding="utf-8")
     checked = [
@@ -235,6 +250,7 @@ def _write_beside(
     training = training_of(work.request.run)
     card = model_card(work.adapter, file.stem, training, checked=checked, use=_use(file.name), tag="gguf")
     (file.parent / CARD).write_text(card, encoding="utf-8")
+    return work.tell_system(system)
 
 
 def _use(name: str) -> list[str]:

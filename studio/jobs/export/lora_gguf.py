@@ -29,10 +29,18 @@ from studio.jobs.base.tokenizer import load_tokenizer
 from studio.jobs.base.weights.skeleton import ADAPTER, Skeleton, build_skeleton, clean_name
 from studio.jobs.base.weights.streamed import adapted_logits
 from studio.jobs.export.gguf_view import make_view
-from studio.jobs.export.model_card import CARD, Training, loss_line, model_card, training_of
-from studio.jobs.export.modelfile import MODELFILE, chat_form, context_of, generation_of, modelfile, stop_words
+from studio.jobs.export.model_card import CARD, loss_line, model_card, training_of
+from studio.jobs.export.modelfile import (
+    MODELFILE,
+    chat_form,
+    context_of,
+    generation_of,
+    modelfile,
+    stop_words,
+    system_of,
+)
 from studio.jobs.export.work import TEXTS, Work, loss_of, tokens_for
-from studio.probe.adapter_folder import AdapterFound, find_adapter, run_of_adapter
+from studio.probe.adapter_folder import AdapterFound, find_adapter
 from studio.probe.export import refuse_what_gguf_lacks
 from studio.probe.fingerprint import refuse_another_base
 from studio.probe.gguf_header import read_gguf_header
@@ -54,7 +62,8 @@ def write_lora_gguf(work: Work, made: Path) -> dict[str, Any]:
         made: A new folder.
 
     Returns:
-        For the report: how many tensors the file has, and how close it is to base and adapter, if that was checked.
+        For the report: how many tensors the file has, how close it is to base and adapter, if that was checked, and
+        which system prompt the Modelfile carries.
 
     Raises:
         BadInput: The base cannot be used, or is not the one that was trained on.
@@ -62,8 +71,7 @@ def write_lora_gguf(work: Work, made: Path) -> dict[str, Any]:
         OSError: The disk is full or not writable.
     """
     adapter, base = work.adapter or find_adapter(work.source), work.base()
-    run = work.request.run or run_of_adapter(work.source)
-    refuse_another_base(run, base, lambda folder: read_fingerprint(work.worker, folder))
+    refuse_another_base(work.run, base, lambda folder: read_fingerprint(work.worker, folder))
     refuse_what_gguf_lacks(adapter, str(read_config(base / CONFIG).get("model_type")))
     made.mkdir()
     out = made / work.file_name
@@ -81,8 +89,8 @@ def write_lora_gguf(work: Work, made: Path) -> dict[str, Any]:
         )
     loss = _check(work, tool, skeleton, base, out)
     checked = f"{tensors} tensors; on its base in llama.cpp, {loss_line(loss, 'base + adapter')}"
-    _write_beside(out, adapter, base, training_of(work.request.run), checked)
-    return {"tensors": tensors, "loss": asdict(loss) if loss else None}
+    system = _write_beside(work, out, adapter, base, checked)
+    return {"tensors": tensors, "loss": asdict(loss) if loss else None, "system_prompt": system}
 
 
 def fold(adapter: AdapterFound, adapted: PeftModel, folder: Path) -> int:
@@ -165,16 +173,20 @@ def _check(work: Work, tool: LlamaTool, skeleton: Skeleton, base: Path, out: Pat
     return loss
 
 
-def _write_beside(file: Path, adapter: AdapterFound, base: Path, training: Training, checked: str) -> None:
+def _write_beside(work: Work, file: Path, adapter: AdapterFound, base: Path, checked: str) -> dict[str, Any]:
+    """Write Modelfile and card beside a file and return which system prompt the Modelfile carries."""
     own = (adapter.folder / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(adapter.folder if own else base)
+    form = chat_form(tokenizer)
+    system = system_of(form, work.trained_with)
     text = modelfile(
         "BASE",
-        chat_form(tokenizer),
+        form,
         stops=stop_words(tokenizer),
         context=context_of(read_config(base / CONFIG)),
         generation=generation_of(base),
         adds_bos=starts_with_bos(tokenizer),
+        system=system[0],
         adapter=f"./{file.name}",
     )
     shown = plain(Path(adapter.base).name or "the base model", one_line=True)
@@ -189,5 +201,6 @@ def _write_beside(file: Path, adapter: AdapterFound, base: Path, training: Train
         "",
         "With Ollama: name the base in the Modelfile, then `ollama create tuned -f Modelfile`.",
     ]
-    card = model_card(adapter, file.stem, training, checked=[checked], use=use, tag="gguf")
+    card = model_card(adapter, file.stem, training_of(work.request.run), checked=[checked], use=use, tag="gguf")
     (file.parent / CARD).write_text(card, encoding="utf-8")
+    return work.tell_system(system)

@@ -1,4 +1,4 @@
-"""Writes Ollama's Modelfile: the training's chat template in Ollama's language, stop words, and sampling.
+"""Writes Ollama's Modelfile: the training's chat template in Ollama's language and its system prompt, stops, sampling.
 
 Ollama cannot read Jinja, so the template is taken apart into what it writes before and after each turn. The parts are
 found by rendering words that occur nowhere else. They are used only if putting them together again gives the template's
@@ -14,6 +14,7 @@ from typing import Any
 from studio.jobs.base.data.template import render, starts_with_bos
 from studio.probe.data import Message
 from studio.runs.atomic import read_object
+from studio.runs.system_prompt import SystemPrompt
 
 MODELFILE = "Modelfile"
 _GENERATION = "generation_config.json"
@@ -159,6 +160,21 @@ _SAMPLING = {
 """Names in `generation_config.json` and in a Modelfile."""
 
 
+def system_of(form: ChatForm | None, trained: SystemPrompt) -> tuple[str, str]:
+    """Return the system prompt that a Modelfile carries, and whether it is from the `training` or the `template`.
+
+    Both are empty where there is none, or none that a Modelfile can hold.
+
+    Args:
+        form: The chat template's parts; its own system prompt counts where most rows of the training had none.
+        trained: What the rows of the training begin with.
+    """
+    if trained.usual:
+        return (trained.usual, "training") if _quoted(trained.usual) else ("", "")
+    default = form.default_system if form else ""
+    return (default, "template") if _quoted(default) else ("", "")
+
+
 def modelfile(
     source: str,
     form: ChatForm | None,
@@ -167,6 +183,7 @@ def modelfile(
     context: int,
     generation: dict[str, Any],
     adds_bos: bool,
+    system: str = "",
     adapter: str = "",
 ) -> str:
     """Return the text of a Modelfile.
@@ -178,6 +195,7 @@ def modelfile(
         context: How many tokens the model can read.
         generation: The model's `generation_config.json`.
         adds_bos: Whether the start token is added when a text is read, so that the template must not write it.
+        system: The system prompt of conversations that bring none: `system_of`.
         adapter: A file with a LoRA adapter beside the Modelfile; empty for none.
     """
     lines = [f"FROM {source}"]
@@ -186,10 +204,10 @@ def modelfile(
     template = _quoted(_template(form, adds_bos)) if form else ""
     if template:
         lines += ["", f"TEMPLATE {template}"]
-        if form and (system := _quoted(form.default_system)):
-            lines += ["", f"SYSTEM {system}"]
     else:
         lines += ["", "# The chat template cannot be written in Ollama's language: the one in the file is used."]
+    if quoted := _quoted(system):
+        lines += ["", f"SYSTEM {quoted}"]
     lines.append("")
     lines += [f"PARAMETER stop {word}" for word in map(_quoted, stops) if word]
     lines.append(f"PARAMETER num_ctx {min(_MOST_CONTEXT, max(_LEAST_CONTEXT, context))}")

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from studio.jobs.base.llama.tool_process import LlamaTool
 from studio.jobs.base.load import base_folder
 from studio.jobs.base.progress import PhaseTeller, heed
 from studio.jobs.base.weights.streamed import folder_logits
-from studio.probe.adapter_folder import AdapterFound
+from studio.probe.adapter_folder import AdapterFound, run_of_adapter
 from studio.probe.models import find_base
 from studio.runs.history import History
 from studio.runs.job import write_job
@@ -31,6 +32,7 @@ from studio.runs.requests import ExportRequest, MergeRequest
 from studio.runs.scratch import Scratch, merged_for
 from studio.runs.status import Status, run_status
 from studio.runs.supervise import launch, resume, stop
+from studio.runs.system_prompt import NO_SYSTEM_PROMPT, SystemPrompt, read_system_prompt
 from studio.runs.watch import RunWatch
 from studio.runs.worker import Worker
 
@@ -85,6 +87,30 @@ class Work:
             return out.name
         stem = out.name.removesuffix(f"-{form}") or out.name
         return f"{stem}-{form.upper().replace('LORA-GGUF', 'LoRA')}{GGUF}"
+
+    @property
+    def run(self) -> str:
+        """The folder of the training run behind the source; empty where it is not known."""
+        return self.request.run or (run_of_adapter(self.source) if self.adapter else "")
+
+    @property
+    def trained_with(self) -> SystemPrompt:
+        """What the rows of the training begin with."""
+        return read_system_prompt(RunPaths(Path(self.run))) if self.run else NO_SYSTEM_PROMPT
+
+    def tell_system(self, carried: tuple[str, str]) -> dict[str, Any]:
+        """Return the report's words on the system prompt in a Modelfile; warn where the training's cannot be there.
+
+        Args:
+            carried: The prompt and where it is from: `modelfile.system_of`.
+        """
+        trained, (text, origin) = self.trained_with, carried
+        if trained.usual and origin != "training":
+            self.warn(
+                "the training's system prompt has characters that a Modelfile cannot hold: give it where the model is "
+                "served"
+            )
+        return {"text": text, "from": origin, "rows": trained.rows, "of": trained.of}
 
     def warn(self, message: str) -> None:
         """Warn the user."""
