@@ -20,7 +20,7 @@ from studio.core.errors import BadInput
 from studio.jobs.audit.forms import UNROUNDED, Form, Layer, squared_norms
 from studio.jobs.audit.scores import Head
 from studio.jobs.base.head_form import HeadForm, formed, head_form_of
-from studio.jobs.base.model_class import backbone_of, class_of
+from studio.jobs.base.model_class import backbone_of, decoder_layers
 from studio.jobs.base.weights.units import Read, put
 
 
@@ -55,17 +55,11 @@ def parts_of(causal: PreTrainedModel) -> Parts:
         BadInput: It is not a stack of decoder blocks between an embedding and a head.
     """
     model = cast(Any, causal)
-    picked = class_of(model)
-    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    stacks = [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == layers and picked.speaks(path)
-    ]
+    blocks = decoder_layers(model)
     backbone, head, embedding = backbone_of(model), model.get_output_embeddings(), model.get_input_embeddings()
     names = {id(module): path for path, module in model.named_modules()}
     apart = backbone is not None and backbone is not causal
-    if not stacks or not apart or type(head) is not nn.Linear or id(embedding) not in names:
+    if not blocks or not apart or type(head) is not nn.Linear or id(embedding) not in names:
         kind = type(causal).__name__
         raise BadInput(
             f"{kind} is not a stack of decoder blocks between an embedding and a head: it cannot be audited."
@@ -73,8 +67,6 @@ def parts_of(causal: PreTrainedModel) -> Parts:
     if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", 0):
         # An audit holds the rows of one embedding only, for the tokens that occur.
         raise BadInput(f"{type(causal).__name__} has token embeddings for every block: it cannot be audited.")
-    path, stack = stacks[0]
-    blocks = tuple((f"{path}.{place}", block) for place, block in enumerate(stack))
     return Parts(
         causal, cast(nn.Module, backbone), blocks, names[id(embedding)], names[id(head)], head_form_of(model.config)
     )

@@ -166,6 +166,16 @@ def backbone_of(causal: nn.Module) -> nn.Module | None:
     return model.get_submodule(place.rpartition(".")[0])
 
 
+def decoder_layers(causal: nn.Module) -> tuple[tuple[str, nn.Module], ...]:
+    """Return the decoder layers of a language model in their order, with their names; none where it is no stack."""
+    picked, config = class_of(causal), cast(Any, causal).config.get_text_config()
+    count = getattr(config, "num_hidden_layers", None)
+    for path, module in causal.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count and picked.speaks(path):
+            return tuple((f"{path}.{place}", layer) for place, layer in enumerate(module))
+    return ()
+
+
 def empty_model(picked: ModelClass) -> PreTrainedModel:
     """Return a model of a class, without the towers that text never reaches; everything is on the meta device."""
     with torch.device("meta"), no_init_weights():

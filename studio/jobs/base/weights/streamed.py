@@ -307,7 +307,7 @@ def _lend_rows(module: nn.Module, files: TensorFiles, key: str) -> list[Any]:
 # What may be asked of a parameter without its numbers.
 _ASKED = {
     Tensor.is_floating_point, Tensor.is_complex, Tensor.size, Tensor.dim, Tensor.numel, Tensor.element_size,
-    Tensor.stride, Tensor.is_contiguous,
+    Tensor.stride, Tensor.is_contiguous, Tensor.detach,
 }  # fmt: skip
 
 
@@ -320,8 +320,9 @@ class Absent(torch.nn.Parameter):
 
     @staticmethod
     def of(parameter: Tensor) -> "Absent":
-        """Return a stand-in of the same shape."""
-        made: Absent = torch.Tensor._make_subclass(Absent, parameter.detach().to("meta"), require_grad=False)
+        """Return a stand-in of the same shape and dtype, on the meta device."""
+        empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+        made: Absent = torch.Tensor._make_subclass(Absent, empty, require_grad=False)
         return made
 
     @classmethod
