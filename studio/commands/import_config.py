@@ -13,14 +13,9 @@ from studio.core.errors import BadInput, StudioError
 from studio.core.foreign.carry import Carried, Carrier, Left, as_number
 from studio.core.foreign.rows import SHARE
 from studio.core.recipe import FIELDS, Recipe, field_text
-from studio.core.recipe_parse import apply_settings
 from studio.core.text import plain
-from studio.probe.foreign_file import read_foreign
-from studio.runs.recipe_file import dump_recipe, resolve_paths
-
-_NEEDED = (("model.base", "--model"), ("data.path", "--data"))
-_OF_THE_DATA = ("data.path", "data.sources", "data.config", "data.split", "data.revision", "data.columns")
-_NAME_THEM = ("model", "model_name_or_path", "load_dataset", "dataset_name")
+from studio.probe.foreign_file import read_foreign, recipe_of
+from studio.runs.recipe_file import dump_recipe
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -51,9 +46,10 @@ def run(args: argparse.Namespace) -> int:
     if out and out.exists():
         raise BadInput(f"{plain(str(out), one_line=True)} is there already: choose another --out.")
     carrier = read_foreign(path)
-    recipe = _with_share(carrier, _recipe(carrier, path, args))
+    recipe = _with_share(carrier, recipe_of(carrier, path, base=args.model, data=args.data, settings=args.set))
     problems = [str(problem) for problem in recipe.problems()]
-    chosen = {word.partition("=")[0].strip() for word in _settings(args)}
+    given = {"model.base": args.model, "data.path": args.data}
+    chosen = {word.partition("=")[0].strip() for word in args.set} | {field for field, word in given.items() if word}
     text = _head(carrier, path) + dump_recipe(recipe, {"name", *carrier.carried, *chosen})
     if out:
         _write(out, text)
@@ -81,42 +77,6 @@ def _with_share(carrier: Carrier, recipe: Recipe) -> Recipe:
     carrier.left.remove(asked)
     carrier.put("eval.rows", max(1, round(rows * as_number(asked.setting.value))), asked.setting, f"of {rows} rows")
     return recipe.with_("eval.rows", carrier.carried["eval.rows"].value)
-
-
-def _settings(args: argparse.Namespace) -> list[str]:
-    return [
-        *([f"model.base={args.model}"] if args.model else []),
-        *([f"data.path={args.data}"] if args.data else []),
-        *args.set,
-    ]
-
-
-def _recipe(carrier: Carrier, path: Path, args: argparse.Namespace) -> Recipe:
-    """Return the recipe, with what the command line says in place of the file.
-
-    Raises:
-        BadInput: No base or no data is named, or a `--set` word is wrong.
-    """
-    if args.data:
-        carrier.carried = {field: one for field, one in carrier.carried.items() if field not in _OF_THE_DATA}
-    given = {"model.base": args.model, "data.path": args.data}
-    for field, flag in _NEEDED:
-        there = field in carrier.carried or given[field] or (field == "data.path" and "data.sources" in carrier.carried)
-        if not there:
-            why = next(
-                (f" ({one.setting.words}: {one.why})" for one in carrier.left if one.setting.key in _NAME_THEM), ""
-            )
-            name = plain(path.name, one_line=True)
-            raise BadInput(f"{name} names no {field.rpartition('.')[2]} that can be read{why}: give {flag}.")
-    folders = (Path.cwd(), path.absolute().parent)
-    recipe = resolve_paths(carrier.recipe(path.stem), folders)
-    settings = _settings(args)
-    if settings and not recipe.problems():
-        return resolve_paths(apply_settings(recipe, settings), folders)
-    for word in settings:
-        field, _, value = word.partition("=")
-        recipe = recipe.with_(field, FIELDS[field].kind.read(value)) if field in FIELDS else recipe
-    return recipe
 
 
 def _head(carrier: Carrier, path: Path) -> str:

@@ -4,7 +4,7 @@ Nothing is run: YAML is read as plain values, and of a script its text is read (
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,10 @@ from studio.core.foreign.carry import Carrier, each_setting
 from studio.core.foreign.llama_factory import carry_llama_factory
 from studio.core.foreign.script import carry_script
 from studio.core.foreign.trl import OF_MODEL_CONFIG, OF_PAIRS, OF_TRL, carry_trl
+from studio.core.recipe import FIELDS, Recipe
+from studio.core.recipe_parse import apply_settings
 from studio.core.text import plain
+from studio.runs.recipe_file import resolve_paths
 
 AXOLOTL, LLAMA_FACTORY, TRL = "axolotl", "LLaMA-Factory", "TRL"
 _MOST_BYTES = 4 * 2**20
@@ -34,6 +37,9 @@ _OF_TRL = {
     "max_length",
     "max_seq_length",
 }
+_NEEDED = (("model.base", "--model"), ("data.path", "--data"))
+_OF_THE_DATA = ("data.path", "data.sources", "data.config", "data.split", "data.revision", "data.columns")
+_NAME_THEM = ("model", "model_name_or_path", "load_dataset", "dataset_name")
 _KNOWN = "an axolotl YAML, a LLaMA-Factory YAML or JSON, a TRL YAML, or a script or notebook that calls TRL or Unsloth"
 
 
@@ -67,6 +73,48 @@ def read_foreign(path: Path) -> Carrier:
         keys = plain(", ".join(map(str, list(table)[:5])), one_line=True, limit=80) or "nothing"
         raise BadInput(f"{shown} holds {keys}; wanted {_KNOWN}.")
     return _rested(carrier)
+
+
+def lacks(carrier: Carrier) -> list[tuple[str, str]]:
+    """Return the fields that a recipe must have and a file does not name, each with the flag that gives it."""
+    there = {*carrier.carried, *(["data.path"] if "data.sources" in carrier.carried else [])}
+    return [(field, flag) for field, flag in _NEEDED if field not in there]
+
+
+def recipe_of(
+    carrier: Carrier, path: Path, *, base: str | None = None, data: str | None = None, settings: Sequence[str] = ()
+) -> Recipe:
+    """Return the recipe of a file that was read, with paths from here or from the file's folder.
+
+    Args:
+        carrier: What was carried over; what `data` takes the place of is taken out of it.
+        path: The file.
+        base: The base, in place of the file's.
+        data: The data, in place of the file's.
+        settings: Fields with their values, as after `--set`.
+
+    Raises:
+        BadInput: No base or no data is named, or a setting is wrong.
+    """
+    if data:
+        carrier.carried = {field: one for field, one in carrier.carried.items() if field not in _OF_THE_DATA}
+    given = {"model.base": base, "data.path": data}
+    for field, flag in lacks(carrier):
+        if not given[field]:
+            why = next(
+                (f" ({one.setting.words}: {one.why})" for one in carrier.left if one.setting.key in _NAME_THEM), ""
+            )
+            name = plain(path.name, one_line=True)
+            raise BadInput(f"{name} names no {field.rpartition('.')[2]} that can be read{why}: give {flag}.")
+    folders = (Path.cwd(), path.absolute().parent)
+    recipe = resolve_paths(carrier.recipe(path.stem), folders)
+    words = [*(f"{field}={word}" for field, word in given.items() if word), *settings]
+    if words and not recipe.problems():
+        return resolve_paths(apply_settings(recipe, words), folders)
+    for word in words:
+        field, _, value = word.partition("=")
+        recipe = recipe.with_(field, FIELDS[field].kind.read(value)) if field in FIELDS else recipe
+    return recipe
 
 
 def _rested(carrier: Carrier) -> Carrier:

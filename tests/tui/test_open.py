@@ -112,6 +112,34 @@ def test_a_recipe_is_found_looked_into_and_opened(place: Path, tmp_path: Path, s
     play(story, tmp_path, size=size)
 
 
+def test_another_tools_configuration_is_imported(place: Path, tmp_path: Path) -> None:
+    (place / "theirs.yml").write_text(
+        "base_model: owner/model\nadapter: lora\nlora_r: 48\nlora_alpha: 96\nneftune_noise_alpha: 5\n"
+    )
+    (place / "package.json").write_text('{"name": "mine", "base_model_name_or_path": "x"}')
+    (place / "app.py").write_text("print('no training')\n")
+    assert "theirs.yml" in [each.name for each in found_recipes(tmp_path / "runs", (place,)) if each.kind == "import"]
+    assert not {"package.json", "app.py"} & {each.name for each in found_recipes(tmp_path / "runs", (place,))}
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await pilot.press("O")
+        await until(pilot, lambda: "theirs.yml" in shown(app))
+        await pilot.press(*"import")
+        await until(pilot, lambda: "Imported from axolotl" in told(app))
+        assert "not carried: neftune_noise_alpha = 5" in told(app)
+        assert "it names no data: embedded stays" in told(app)
+        assert "Rank 16 -> 48" in told(app)
+        await pilot.press("enter")
+        await until(pilot, lambda: isinstance(app.screen, ConfigureScreen))
+        assert (recipe_of(app).method, recipe_of(app).adapter.rank) == ("lora", 48)
+        assert (recipe_of(app).model.base, recipe_of(app).data.path) == ("owner/model", "embedded")
+        assert "1 setting was not carried over" in shown(app)
+        await pilot.press("u")
+        assert recipe_of(app).adapter.rank == 16, "opening can be undone"
+
+    play(story, tmp_path, size=WIDE)
+
+
 @pytest.mark.slow
 def test_a_path_is_typed_and_the_mouse_looks_before_it_opens(place: Path, tmp_path: Path) -> None:
     other = tmp_path / "o"

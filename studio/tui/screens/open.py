@@ -1,9 +1,10 @@
-"""The list of recipes to open: the user's files, those of earlier runs, the shipped ones, each with what is in it."""
+"""The list of recipes to open: the user's files and other tools', those of runs, shipped ones, with what is in each."""
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from textual import work
 from textual.app import ComposeResult
@@ -16,7 +17,7 @@ from textual.widgets import Input, OptionList, Static
 from studio.core.errors import StudioError
 from studio.core.recipe import FIELDS, Recipe
 from studio.core.text import plain
-from studio.runs.found_recipes import FoundRecipe, files_begun
+from studio.runs.found_recipes import FoundRecipe, files_begun, found_file
 from studio.runs.last_recipe import RecipeSource, source_of
 from studio.runs.recipe_file import load_recipe
 from studio.tui.asks import OpenRun
@@ -24,6 +25,9 @@ from studio.tui.changes import differences
 from studio.tui.panels.recipe_form import SHOWN
 from studio.tui.readable import UNKNOWN, age, number, setting
 from studio.tui.screens.dialogs import Picker
+
+if TYPE_CHECKING:
+    from studio.core.foreign.carry import Carrier
 
 _LONGEST_NAME, _LONGEST_LINE = 60, 200
 _MOST_HEAD_LINES, _MOST_DIFFERENCES = 6, 12
@@ -117,15 +121,16 @@ class OpenScreen(Picker[FoundRecipe]):
         typed = {each.path for each in begun}
         through = [each for each in found if each.path not in typed and all(part in each.searched for part in words)]
         if word and not begun and not through:
-            begun = [FoundRecipe(word, Path(word.replace("\0", "")), "file")]
+            begun = [replace(found_file(Path(word.replace("\0", ""))), name=word)]
         widest = max((len(_name(each)) for each in (*begun, *through)), default=0)
+        kinds = max((len(each.kind) for each in (*begun, *through) if each.kind != "shipped"), default=0)
         heading = ""
         for each in (*begun, *through):
             kind = "SHIPPED WITH THE PROGRAM" if each.kind == "shipped" else "FILES" if each in begun else "YOURS"
             if kind != heading:
                 heading = kind
                 yield None, Content.styled(kind, "bold $text-primary")
-            told = "" if each.kind == "shipped" else f"  {each.kind:4}  {age(time.time() - each.changed_at)}"
+            told = "" if each.kind == "shipped" else f"  {each.kind:{kinds}}  {age(time.time() - each.changed_at)}"
             yield each, Content.assemble(f"{_name(each):{widest}}", (told if each.changed_at else "", "dim"))
 
     def show_offers(self) -> None:
@@ -140,10 +145,13 @@ class OpenScreen(Picker[FoundRecipe]):
 
     def take(self, answer: FoundRecipe) -> None:
         """Hand on a recipe that can be read; of another the preview says already why it cannot."""
-        recipe = _read(answer)
+        recipe, carrier = _read(answer, self._current)
         if not isinstance(recipe, str):
             self.dismiss(None)
             self._opened(recipe, source_of(answer.path) if answer.kind == "file" else None)
+            if carrier is not None and (lost := [one for one in carrier.left if one.matters]):
+                what = "1 setting was" if len(lost) == 1 else f"{len(lost)} settings were"
+                self.app.notify(f"{what} not carried over: lora-studio import {_name(answer)}", markup=False)
 
     def click(self, answer: FoundRecipe) -> None:
         """Look into what was clicked; a second click on it opens it."""
@@ -168,7 +176,7 @@ class OpenScreen(Picker[FoundRecipe]):
 
 def preview_of(found: FoundRecipe, current: Recipe) -> Content:
     """Return what a recipe holds, where it comes from, and how it differs from the one on the screen."""
-    recipe = _read(found)
+    recipe, carrier = _read(found, current)
     title = [(f"{_name(found)}\n", "bold"), *_run_lines(found)]
     if isinstance(recipe, str):
         return Content.assemble(*title, (f"\nIt cannot be opened: {plain(recipe)}", "$text-error"))
@@ -184,12 +192,13 @@ def preview_of(found: FoundRecipe, current: Recipe) -> Content:
             shown = plain(SHOWN.get(written, written), one_line=True, limit=_LONGEST_NAME)
             lines += [(f"{FIELDS[path].label} ", "dim"), f"{shown}   "]
         lines.append("\n")
+    lines += _import_lines(carrier, current) if carrier is not None else []
     told = [line for line in differences(current, recipe) if not line.startswith(f"{FIELDS['name'].label} ")]
     lines.append(("\nCompared with the recipe on the screen\n", "bold"))
     lines += [f"  {line}\n" for line in told[:_MOST_DIFFERENCES]] or ["  it is the same\n"]
     if len(told) > _MOST_DIFFERENCES:
         lines.append(f"  and {len(told) - _MOST_DIFFERENCES} more\n")
-    if head := _head_of(found.path):
+    if carrier is None and (head := _head_of(found.path)):
         lines += [("\n", ""), (f"{head}\n", "dim")]
     return Content.assemble(*lines, (f"\n{plain(str(found.path), one_line=True, limit=_LONGEST_LINE)}", "dim"))
 
@@ -205,12 +214,41 @@ def _run_lines(found: FoundRecipe) -> list[tuple[str, str]]:
     return [(f"{run.status}{steps}{losses}{note}\n", "")]
 
 
-def _read(found: FoundRecipe) -> Recipe | str:
-    """Return the recipe, or why it cannot be read."""
+def _import_lines(carrier: "Carrier", current: Recipe) -> list[str | tuple[str, str]]:
+    """Return what became of another tool's settings: how many were carried over, and what has no place here."""
+    from studio.probe.foreign_file import lacks  # noqa: PLC0415  not needed for recipes
+
+    given = [one for one in carrier.carried.values() if one.setting]
+    lost = [one for one in carrier.left if one.matters]
+    lines: list[str | tuple[str, str]] = [(f"\nImported from {carrier.tool}\n", "bold")]
+    lines.append(f"  {len(given)} fields of the recipe say what its settings say\n")
+    for field, _ in lacks(carrier):
+        value = plain(str(current.get(field)), one_line=True, limit=_LONGEST_NAME)
+        lines.append((f"  it names no {FIELDS[field].label.lower()}: {value} stays\n", "$text-warning"))
+    for one in lost[:_MOST_DIFFERENCES]:
+        lines += [("  not carried: ", "$text-warning"), f"{one.setting.words}: ", (f"{plain(one.why)}\n", "dim")]
+    if len(lost) > _MOST_DIFFERENCES:
+        lines.append(f"  and {len(lost) - _MOST_DIFFERENCES} more: lora-studio import tells them\n")
+    return lines
+
+
+def _read(found: FoundRecipe, current: Recipe) -> "tuple[Recipe | str, Carrier | None]":
+    """Return the recipe, or why it cannot be read; and of another tool's file what was carried over.
+
+    What that does not name, base or data, stays as on the screen.
+    """
     try:
-        return load_recipe(found.path)
+        if found.kind != "import":
+            return load_recipe(found.path), None
+        from studio.probe.foreign_file import lacks, read_foreign, recipe_of  # noqa: PLC0415  20 ms for YAML
+
+        carrier = read_foreign(found.path)
+        missing = {field for field, _ in lacks(carrier)}
+        base = current.model.base if "model.base" in missing else None
+        data = str(current.data.path) if "data.path" in missing else None
+        return recipe_of(carrier, found.path, base=base, data=data), carrier
     except StudioError as error:
-        return str(error)
+        return str(error), None
 
 
 def _head_of(path: Path) -> str:
