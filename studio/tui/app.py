@@ -280,7 +280,10 @@ class StudioApp(App[None]):
     def _found_live(self, runs: list[RunPaths]) -> None:
         """Open the newest run that an earlier visit left alive, unless something else was asked for."""
         self._seen.update({paths.root: paths for paths in runs})
-        if self.screen is self._configure and self._goes_to_live:
+        if not (runs and self._goes_to_live and self.screen is self._configure):
+            self._configure.forecast.begin()
+        else:
+            self._configure.forecast.waits = True  # it holds 4 MiB, and reads what a look at the run does not need
             self._open(runs[0])
             more = f" {len(runs)} runs are alive: o lists them." if len(runs) > 1 else ""
             self.notify(f"This run goes on from an earlier visit. Escape goes to the recipe.{more}", markup=False)

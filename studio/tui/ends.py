@@ -101,14 +101,13 @@ class EndNotices:
         self._looked_at: float | None = None
 
     def begin(self, found_live: Callable[[list[RunPaths]], None]) -> None:
-        """Hand on the runs that are alive, the newest first, and tell what went wrong since the last visit."""
+        """Hand on the runs that are alive, the newest first, if any; tell what went wrong since the last visit."""
 
         def begin() -> None:
             looked_at = time.time()
             live, endings = self._ends.begin(self._services.recall_visit())
             self._looked_at = looked_at
-            if live:
-                self._app.call_later(found_live, [info.paths for info in live])
+            self._app.call_later(found_live, [info.paths for info in live])
             if endings:
                 self._app.call_later(self._tell, endings)
 

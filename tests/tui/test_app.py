@@ -16,10 +16,23 @@ from studio.runs.control import requested
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status, run_status
 from studio.tui.app import StudioApp
+from studio.tui.forecast import Forecaster
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.run import RunScreen
 from tests.fakes.runs import MODULE, LiveWorker, fake_environment, wait_for
-from tests.tui.stories import Asked, given, make_run, play, services_that, settle, shown, train, until
+from tests.tui.stories import (
+    Asked,
+    card_of,
+    forecaster_on,
+    given,
+    make_run,
+    play,
+    services_that,
+    settle,
+    shown,
+    train,
+    until,
+)
 
 NEVER = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
 ESTIMATORS = ("studio.core.vram", "studio.core.fit", "studio.probe", "studio.launch")
@@ -63,12 +76,21 @@ def test_the_newest_live_run_is_opened(tmp_path: Path, capsys: pytest.CaptureFix
             assert isinstance(app.screen, RunScreen)
             assert app.screen.paths.name == second.name
             assert "2 runs are alive" in " ".join(shown(app).split())
+            assert not looked, "nobody sees the forecast yet"
             await pilot.press("escape")
             await settle(pilot)
             assert isinstance(app.screen, ConfigureScreen)
+            await until(pilot, lambda: bool(looked))
             await pilot.press("q")
 
-        play(story, tmp_path)
+        looked: list[str] = []
+        on_a_card = forecaster_on(card_of())
+
+        def forecaster(recipe: Recipe, planned: str) -> Forecaster:
+            looked.append(planned)
+            return on_a_card(recipe, planned)
+
+        play(story, tmp_path, services=services_that(Asked(), forecaster=forecaster))
         told = capsys.readouterr().err
         assert first.name in told
         assert second.name in told

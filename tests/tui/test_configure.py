@@ -122,6 +122,7 @@ def test_turning_changes_the_recipe_and_what_follows(tmp_path: Path) -> None:
 def test_method_choices_and_switches(tmp_path: Path) -> None:
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         screen = screen_of(app)
+        screen._form.unfold()
         double = screen.query_one("#model--double_quant", Choice)
         assert double.display
         await pilot.press("m")
@@ -144,6 +145,7 @@ def test_method_choices_and_switches(tmp_path: Path) -> None:
 def test_what_pairs_of_answers_are_learnt_with_is_shown_for_them_alone(tmp_path: Path) -> None:
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         screen = screen_of(app)
+        screen._form.unfold()
         fields = [screen.query_one(f"#train--{name}", Slider) for name in ("beta", "label_smoothing")]
         assert not any(field.display for field in fields)
         screen._form.focus_field("train.objective")
@@ -340,6 +342,7 @@ def test_notes_follow_from_several_fields() -> None:
 
 def test_every_slider_shows_its_knob(tmp_path: Path) -> None:
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        screen_of(app)._form.unfold()
         sliders = {str(slider.id).replace("--", "."): slider for slider in app.screen.query(Slider)}
         numbers = {path: field.kind for path, field in FIELDS.items() if isinstance(field.kind, Number)}
         assert set(sliders) == {path for path, number in numbers.items() if number.stops}

@@ -94,6 +94,8 @@ class Forecast(VerticalScroll):
         self.forecaster: Forecaster | None = None
         self._reason = _READING
         self._keys_named = True
+        self.waits = False
+        """Whether it begins only when its screen is shown again."""
         self._longest_tokens: int | None = None
         self._fixes: tuple[list[Fix], Fix | None, bool] = [], None, False
 
@@ -120,9 +122,17 @@ class Forecast(VerticalScroll):
             self.post_message(self.PlannedFor(planned))
         self._find(self._recipe, self.planned)
 
+    def look_again(self) -> None:
+        """Look at the card again, as runs may have come and gone; begin where that has waited for the screen."""
+        if self.waits:
+            self.begin()
+        elif self.forecaster is not None:
+            self.look()
+
     @work(thread=True)
     def begin(self) -> None:
         """Look for the first time, for the card that was planned for on the last visit."""
+        self.waits = False
         planned = self._services.recall_planned()
         self.app.call_from_thread(self.look, planned)
 

@@ -9,7 +9,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical, VerticalScroll
 from textual.message import Message
-from textual.widget import Widget
+from textual.widget import AwaitMount, Widget
 from textual.widgets import Static
 
 from studio.core.preferences import advised_rate, rate_note, takes_pairs
@@ -108,6 +108,7 @@ class RecipeForm(VerticalScroll):
         self._longest_tokens: int | None = None
         self._fold, self._advanced = Fold(id="fold"), Vertical(id="advanced")
         self._advanced.display = False
+        self._rows = AwaitMount(self, ())
 
     def compose(self) -> ComposeResult:
         """Make the essential fields and the head of the others, which come once these are drawn."""
@@ -115,10 +116,6 @@ class RecipeForm(VerticalScroll):
             yield self._fields[path]
         yield self._fold
         yield self._advanced
-
-    def on_mount(self) -> None:
-        """Bring the other fields after the first frame, because styling all of them would delay it."""
-        self.call_after_refresh(lambda: self._advanced.mount_all(self.advanced_rows()))
 
     def advanced_rows(self) -> Iterator[Widget]:
         """Return the headings and fields that are folded away at first."""
@@ -165,17 +162,20 @@ class RecipeForm(VerticalScroll):
         """Show the other fields too, or fold them away."""
         if wanted == self.unfolded:
             return
+        if wanted and not self._advanced.children:  # most visits never see these rows, which hold 4 MiB
+            self._rows = self._advanced.mount_all(self.advanced_rows())
         if not wanted and self.screen.focused is not None and self._advanced in self.screen.focused.ancestors:
             self._fold.focus()
         self._fold.open = wanted
         self._advanced.display = wanted  # a class would style all fields anew
         self.post_message(self.Folded())
 
-    def on_fold_turned(self, message: Fold.Turned) -> None:
+    async def on_fold_turned(self, message: Fold.Turned) -> None:
         """Show the other fields, or fold them away."""
         message.stop()
         self.fold_chosen = True
         self.unfold(message.wanted)
+        await self._rows
         self.call_after_refresh(self.scroll_to_widget, self._fold, animate=False, top=message.wanted)
 
     @property
@@ -217,7 +217,12 @@ class RecipeForm(VerticalScroll):
         if path not in ESSENTIALS and not self.unfolded:
             self.fold_chosen = True
             self.unfold()
-        (field.line if isinstance(field, TextField) else field).focus()
+
+        async def focus() -> None:
+            await self._rows
+            (field.line if isinstance(field, TextField) else field).focus()
+
+        self.call_later(focus)
 
     def on_slider_changed(self, message: Slider.Changed) -> None:
         """Tell that a slider was turned."""

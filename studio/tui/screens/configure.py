@@ -95,7 +95,7 @@ class ConfigureScreen(Screen[None]):
         self._source, self._launching = source, False
         self._keeper = Keeper(self, recipe, services)
         self._keys_timer: Timer | None = None
-        self._form, self._forecast = RecipeForm(recipe), Forecast(recipe, services=services)
+        self._form, self.forecast = RecipeForm(recipe), Forecast(recipe, services=services)
         self._changes = Changes()
         self._left_field = _FIRST_FIELD
 
@@ -106,7 +106,7 @@ class ConfigureScreen(Screen[None]):
         yield TabRow([("recipe", "Recipe"), ("memory", "Memory, fixes, trade")], "recipe", id="tabs")
         with Container(id="work"):
             yield self._form
-            yield self._forecast
+            yield self.forecast
             yield FieldHelp()
             yield DataNote(self.recipe, services=self._services)
         yield KeyFooter()
@@ -117,12 +117,11 @@ class ConfigureScreen(Screen[None]):
         self._form.focus_field(_FIRST_FIELD)
         self._show_problems()
         self.bindings_updated_signal.subscribe(self, self._name_keys, immediate=True)
-        self.call_after_refresh(self._forecast.begin)
 
     def on_screen_resume(self) -> None:
         """Look at the card again: runs may have come and gone."""
-        if self._form.is_mounted and self._forecast.forecaster is not None:
-            self._forecast.look()
+        if self._form.is_mounted:
+            self.forecast.look_again()
 
     def on_recipe_form_turned(self, message: RecipeForm.Turned) -> None:
         """Take over the new value of a field."""
@@ -152,12 +151,12 @@ class ConfigureScreen(Screen[None]):
         data_rows = 16 if self.size.height >= _HIGH_ROWS else 3
         work.grid_size_columns, work.grid_size_rows = (3, 2) if huge else (2, 3)
         work.grid_rows = "12 1fr" if huge else f"1fr 10 {data_rows}" if self._form.unfolded else "14 10 1fr"
-        self._form.styles.row_span, self._forecast.styles.row_span = (2, 2) if huge else (1, 3)
+        self._form.styles.row_span, self.forecast.styles.row_span = (2, 2) if huge else (1, 3)
 
     def on_data_note_measured(self, message: DataNote.Measured) -> None:
         """Hold the length against the longest row."""
         self._form.know_longest(message.longest_tokens, self.recipe)
-        self._forecast.know_longest(message.longest_tokens)
+        self.forecast.know_longest(message.longest_tokens)
 
     def on_fix_list_chosen(self, message: FixList.Chosen) -> None:
         """Make a fix that was chosen, and go back to where the user came from."""
@@ -202,7 +201,7 @@ class ConfigureScreen(Screen[None]):
     def _name_keys(self, _: object) -> None:
         """Let the texts name keys only while these are keys, and no letters that go into a field."""
         named = not self._form.typing
-        self._forecast.name_keys(named)
+        self.forecast.name_keys(named)
         self.query_one(DataNote).name_keys(named)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
@@ -249,13 +248,13 @@ class ConfigureScreen(Screen[None]):
 
     def take_setup(self, recipe: Recipe, card: str) -> None:
         """Show the recipe that the set-up recommends and plan for its card; `u` brings back the recipe of before."""
-        if card != self._forecast.planned:
-            self._forecast.plan_for(card)
+        if card != self.forecast.planned:
+            self.forecast.plan_for(card)
         self._open(recipe)
 
     def action_make_fit(self) -> None:
         """Make the recipe fit the card of the forecast."""
-        self._form.after_turns(lambda: self._take_fix(self._forecast.fix_to_make()))
+        self._form.after_turns(lambda: self._take_fix(self.forecast.fix_to_make()))
 
     def _take_fix(self, fix: "Fix | None") -> None:
         """Make a fix and say what was changed."""
@@ -265,9 +264,9 @@ class ConfigureScreen(Screen[None]):
 
     def action_choose_fix(self) -> None:
         """Move to the list of fixes, which on a narrow screen stands in the other tab."""
-        if not self._forecast.display:
+        if not self.forecast.display:
             self.action_turn_view()
-        self._forecast.query_one(FixList).focus()
+        self.forecast.query_one(FixList).focus()
 
     def action_find(self) -> None:
         """Find a field by its name or by what it does, and go to it."""
@@ -300,9 +299,9 @@ class ConfigureScreen(Screen[None]):
 
         def take(name: str | None) -> None:
             if name is not None:
-                self._forecast.plan_for(name)
+                self.forecast.plan_for(name)
 
-        self.app.push_screen(CardScreen(self._forecast.planned), take)
+        self.app.push_screen(CardScreen(self.forecast.planned), take)
 
     def action_save(self) -> None:
         """Save the recipe."""
@@ -325,9 +324,9 @@ class ConfigureScreen(Screen[None]):
         memory = not self.has_class("-memory")
         self.set_class(memory, "-memory")
         self.query_one(TabRow).current = "memory" if memory else "recipe"
-        self._forecast.can_focus = memory
+        self.forecast.can_focus = memory
         if memory:
-            self._forecast.focus()
+            self.forecast.focus()
         else:
             self._form.focus_field(self._left_field)
 
@@ -354,7 +353,7 @@ class ConfigureScreen(Screen[None]):
         if self._keys_timer is not None:
             self._keys_timer.stop()
         self._keys_timer = self.set_timer(_KEYS_AFTER_SECONDS, self.refresh_bindings)  # costs more than the gauge
-        self._forecast.follow(recipe)
+        self.forecast.follow(recipe)
         self.query_one(DataNote).follow(recipe)
         self._show_problems()
         self._keeper.soon(self.recipe, self._source)
@@ -365,14 +364,14 @@ class ConfigureScreen(Screen[None]):
 
     def _begin_launch(self, *, sure: bool) -> None:
         self._busy_with(_CHECKING)
-        self._launch(self.recipe, sure, self._forecast.planned)
+        self._launch(self.recipe, sure, self.forecast.planned)
 
     @work(thread=True)
     def _launch(self, recipe: Recipe, sure: bool, planned: str) -> None:
         try:
             from studio.tui.panels.forecast_text import question_before_launch  # noqa: PLC0415  with the estimator
 
-            known = (recipe, self._services, planned, self._forecast.longest_tokens)
+            known = (recipe, self._services, planned, self.forecast.longest_tokens)
             if not sure and (question := question_before_launch(*known)) is not None:
                 self.call_later(self._ask_over_budget, recipe, question)
                 return
