@@ -112,9 +112,11 @@ class Choice(Widget, can_focus=True):
     def _pieces(self) -> list[tuple[str, str]]:
         """Return the texts after the label, each with the value that a click on it chooses; empty for an arrow."""
         whole = [(f"({'•' if value == self.value else ' '}) {shown}  ", value) for value, shown in self._options]
-        if sum(len(text) for text, _ in whole) <= self.size.width - self._label_width:
+        shown = dict(self._options).get(self.value)
+        if shown is not None and sum(len(text) for text, _ in whole) <= self.size.width - self._label_width:
             return whole
-        shown = dict(self._options).get(self.value, self.value)
+        # A value that is no option, as a file may hold one, is shown until it is turned.
+        shown = self.value if shown is None else shown
         return [(_BEFORE, ""), (shown, self.value), (_AFTER, "")]
 
     def on_click(self, event: events.Click) -> None:

@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from studio.core.layer_count import LayerCount
 from studio.core.recipe import FIELDS, SECTIONS
 from studio.core.recipe_field import Field
 from studio.core.value_kinds import Choice, Number, Switch
@@ -17,6 +18,8 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     for flag, field in _FLAGS.items():
         if flag not in _OF_THE_VERB:
             parser.add_argument(f"--{flag}", help=_help(field), **_form(field))
+    of_all = argparse.BooleanOptionalAction
+    parser.add_argument("--grad-checkpointing", action=of_all, help="The same as --recompute all, or none.")
 
 
 def settings_of(args: argparse.Namespace, *, without: tuple[str, ...] = ()) -> list[str]:
@@ -31,7 +34,10 @@ def settings_of(args: argparse.Namespace, *, without: tuple[str, ...] = ()) -> l
         for flag, field in _FLAGS.items()
         if flag not in without
     )
-    return [*args.set, *(f"{path}={value}" for path, value in given if value is not None)]
+    words = [f"{path}={value}" for path, value in given if value is not None]
+    if (again := getattr(args, "grad_checkpointing", None)) is not None:
+        words.insert(0, f"train.recompute={'all' if again else 'none'}")
+    return [*args.set, *words]
 
 
 def _form(field: Field) -> dict[str, Any]:
@@ -40,6 +46,8 @@ def _form(field: Field) -> dict[str, Any]:
         return {"choices": field.kind.words}
     if isinstance(field.kind, Switch):
         return {"action": argparse.BooleanOptionalAction}
+    if isinstance(field.kind, LayerCount):
+        return {"metavar": f"{{{','.join(field.kind.words)},N}}"}
     return {"metavar": "N" if isinstance(field.kind, Number) else "NAMES"}
 
 

@@ -80,10 +80,20 @@ def _fewer_rows_at_once(recipe: Recipe, _shape: ModelShape) -> Iterator[Change]:
             yield Change(settings, words, "same rows a step", "a step sees the same rows", (1.0, 1.3))
 
 
-def _checkpointing(recipe: Recipe, _shape: ModelShape) -> Iterator[Change]:
-    if not recipe.train.grad_checkpointing:
-        settings = (("train.grad_checkpointing", True),)
-        yield Change(settings, "checkpointing on", _SAME, "the same result: layers are computed once more", (1.3, 1.5))
+def _recomputing(recipe: Recipe, shape: ModelShape) -> Iterator[Change]:
+    """Yield a quarter of the layers computed once more, then a half, three quarters and all."""
+    now = recipe.train.recompute
+    if now in ("all", "auto"):
+        return
+    now = 0 if isinstance(now, str) else now
+    for quarter in (1, 2, 3, 4):
+        layers = shape.layers * quarter // 4
+        if now < layers:
+            value = "all" if quarter == 4 else layers
+            words = "all layers computed again" if quarter == 4 else f"{layers} of {shape.layers} layers computed again"
+            most = 1 + quarter / 8
+            why = "the same result: layers are computed once more instead of keeping their activations"
+            yield Change((("train.recompute", value),), words, _SAME, why, (1 + 0.6 * (most - 1), most))
 
 
 def _small_states(recipe: Recipe, _shape: ModelShape) -> Iterator[Change]:
@@ -100,7 +110,7 @@ def _half_weights(recipe: Recipe, _shape: ModelShape) -> Iterator[Change]:
 
 
 def _offloading(recipe: Recipe, _shape: ModelShape) -> Iterator[Change]:
-    if recipe.train.grad_checkpointing and not recipe.train.offload_checkpoints:
+    if recipe.train.recompute != "none" and not recipe.train.offload_checkpoints:
         settings = (("train.offload_checkpoints", True),)
         why = "the same result: layer inputs wait in main memory"
         yield Change(settings, "checkpoints in main memory", _SAME, why, (1.0, 1.3))
@@ -177,7 +187,7 @@ _KINDS: tuple[Kind, ...] = (
     _chunked_loss,
     _fused_attention,
     _fewer_rows_at_once,
-    _checkpointing,
+    _recomputing,
     _small_states,
     _half_weights,
     _offloading,

@@ -11,11 +11,22 @@ from typing import Any, Literal, get_args
 from studio.core.chat_options import PARTS, Several, TemplateVariables, Variables
 from studio.core.columns import Columns, Pairs
 from studio.core.experts import is_of_experts
+from studio.core.layer_count import LayerCount
 from studio.core.named_templates import NAMED
 from studio.core.recipe_field import Field, Problem, declared, fields_in
 from studio.core.sources import Source, Sources
 from studio.core.text import plain
-from studio.core.value_kinds import ALL_LINEAR, ByModule, Choice, Layers, Modules, Number, Switch, Targets, Text
+from studio.core.value_kinds import (
+    ALL_LINEAR,
+    ByModule,
+    Choice,
+    Layers,
+    Modules,
+    Number,
+    Switch,
+    Targets,
+    Text,
+)
 
 Method = Literal["lora", "qlora"]
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
@@ -26,6 +37,7 @@ Schedule = Literal["cosine", "linear", "constant"]
 Optimizer = Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 Loss = Literal["chunked", "full", "liger"]
+Recompute = Literal["all", "none", "auto"] | int
 Packing = Literal["auto", "on", "off"]
 WeighBy = Literal["rows", "tokens"]
 Objective = Literal["sft", "dpo", "orpo"]
@@ -290,12 +302,13 @@ class TrainSection:
         "8-bit states take a quarter of the memory; paged ones may move to main memory.",
         flag="optimizer",
     )
-    grad_checkpointing: bool = declared(
-        True,
-        Switch(),
-        "Checkpointing",
-        "Recomputes activations: far less memory, about a third slower.",
-        flag="grad-checkpointing",
+    recompute: Recompute = declared(
+        "all",
+        LayerCount(("all", "none", "auto"), none="none"),
+        "Recompute",
+        "How many layers, from the first, are computed again on the way back instead of keeping their activations: "
+        "all take the least memory and a third more time than none; auto as few as the card has room for.",
+        flag="recompute",
         resume="rounded",
     )
     offload_checkpoints: bool = declared(
@@ -715,8 +728,8 @@ def _between(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(
             "eval.samples", f"{recipe.eval.samples} with no held-out rows", "eval.rows above 0, or eval.samples 0"
         )
-    if train.offload_checkpoints and not train.grad_checkpointing:
-        yield Problem("train.offload_checkpoints", "true without checkpoints", "train.grad_checkpointing true")
+    if train.offload_checkpoints and train.recompute == "none":
+        yield Problem("train.offload_checkpoints", "true without checkpoints", "train.recompute all or a number")
     if not recipe.data.answers_only:
         with_all = "with data.answers_only false, which learns every token"
         if recipe.data.learn != PARTS:

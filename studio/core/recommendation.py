@@ -312,33 +312,33 @@ def _method(draft: _Draft, ground: _Ground) -> None:
 
 
 def _leanest(recipe: Recipe) -> Recipe:
-    return recipe.with_("train.micro_batch", 1).with_("train.grad_checkpointing", True)
+    return recipe.with_("train.micro_batch", 1).with_("train.recompute", "all")
 
 
 def _batch(draft: _Draft, ground: _Ground) -> None:
     if ground.budget_bytes is None:
-        checkpointing, micro_batch = ground.shape.parameters > _SMALL_PARAMETERS, 4
+        recompute, micro_batch = "all" if ground.shape.parameters > _SMALL_PARAMETERS else "none", 4
         why, source = "below 32 rows; small micro-batches, since a CPU gains little from large ones", REGRET
     else:
-        checkpointing, micro_batch = next(_fitting(draft.recipe, ground), (True, 1))
-        kept = "activations computed again" if checkpointing else "activations kept, which is faster"
+        recompute, micro_batch = next(_fitting(draft.recipe, ground), ("all", 1))
+        kept = "activations computed again" if recompute == "all" else "activations kept, which is faster"
         why, source = f"below 32 rows; {micro_batch} at once fit, {kept}", f"{REGRET}; {ESTIMATE}"
     accumulation = ROWS_PER_STEP // micro_batch
     settings = {
         "train.micro_batch": micro_batch,
         "train.accumulation": accumulation,
-        "train.grad_checkpointing": checkpointing,
+        "train.recompute": recompute,
     }
     draft.choose(settings, "Rows a step", f"{ROWS_PER_STEP} ({micro_batch} x {accumulation})", why, source)
 
 
-def _fitting(recipe: Recipe, ground: _Ground) -> Iterator[tuple[bool, int]]:
-    """Yield checkpointing and micro-batch that fit, fastest first: without checkpointing down to 2 rows, then with."""
-    for checkpointing, sizes in ((False, _MICRO_BATCHES[:-1]), (True, _MICRO_BATCHES)):
+def _fitting(recipe: Recipe, ground: _Ground) -> Iterator[tuple[str, int]]:
+    """Yield what is recomputed and micro-batches that fit, fastest first: no layer down to 2 rows, then all."""
+    for recompute, sizes in (("none", _MICRO_BATCHES[:-1]), ("all", _MICRO_BATCHES)):
         for size in sizes:
-            tried = recipe.with_("train.grad_checkpointing", checkpointing).with_("train.micro_batch", size)
+            tried = recipe.with_("train.recompute", recompute).with_("train.micro_batch", size)
             if ground.fits(tried):
-                yield checkpointing, size
+                yield recompute, size
 
 
 def _held_out(draft: _Draft, data: DataFacts) -> None:

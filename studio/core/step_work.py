@@ -2,7 +2,7 @@
 
 A LoRA step multiplies with the frozen weights once in the forward pass and once in the backward pass, for the gradient
 of their inputs but not of the weights themselves. That makes 2 + 2 operations per weight and token, and 2 more where
-checkpointing computes the layer again. Adapter weights are trained, so they take a third product.
+the layer is computed again. Adapter weights are trained, so they take a third product.
 """
 
 from dataclasses import dataclass
@@ -84,7 +84,8 @@ def step_work(shape: ModelShape, setup: Setup) -> StepWork:
     Raises:
         BadInput: A target does not exist in this model.
     """
-    tokens, again = setup.tokens, int(setup.grad_checkpointing)
+    # A layer that is computed again goes through its frozen weights three times, else twice.
+    tokens, again = setup.tokens, setup.recomputed_of(shape.layers) / shape.layers
     passes = 2 + again
     names = target_names(shape, setup.targets, as_peft=setup.adapted.as_peft)
     weights = sum(group.count * _active(group, shape.hidden, setup) for group in shape.groups)
@@ -113,7 +114,7 @@ def step_work(shape: ModelShape, setup: Setup) -> StepWork:
     moved += _OPTIMIZER_BYTES * trainable_parameters(shape, setup.adapted) / setup.accumulation
     if setup.attention == "eager":
         moved += _SQUARE_BYTES * setup.squares * shape.heads * shape.layers * (passes + 1)
-    offloads = setup.grad_checkpointing and setup.offload_checkpoints
+    offloaded = again * shape.layers if setup.offload_checkpoints else 0
     return StepWork(
         tokens=tokens,
         half=half,
@@ -123,8 +124,8 @@ def step_work(shape: ModelShape, setup: Setup) -> StepWork:
         weight_bytes=float(setup.compute_itemsize) * (stored * passes + 2 * shape.embedding_parameters),
         moved_bytes=moved,
         dequantised_bytes=_DEQUANTISED_BYTES * quantised * passes,
-        host_bytes=float(2 * shape.layers * tokens * shape.hidden * setup.residual_itemsize if offloads else 0),
-        layer_passes=shape.layers * passes,
+        host_bytes=2.0 * offloaded * tokens * shape.hidden * setup.residual_itemsize,
+        layer_passes=round(shape.layers * passes),
     )
 
 
@@ -157,7 +158,7 @@ def _stored(group: LayerGroup, hidden: int) -> float:
     return sum(linear.weights for linear in group.layer.linears) + (experts.weights(hidden) if experts else 0)
 
 
-def _attention(shape: ModelShape, setup: Setup, again: int) -> float:
+def _attention(shape: ModelShape, setup: Setup, again: float) -> float:
     """Return the operations of attention's two products; fused kernels skip what lies above the diagonal."""
     eager = runs_eager(shape, setup)
     forward = 4.0 * setup.squares * shape.heads * shape.head_dim

@@ -87,7 +87,7 @@ def pace_of(recipe: Recipe, shape: ModelShape, setup: Setup, gpu: Gpu | None, *,
         return Pace(speed, why_not, slowdown, runs=len(seen))
     steps, tokens = _run_tokens(recipe, guess)
     longest = None if guess.parts or guess.plain or setup.paired else guess.longest_row
-    once = reference_share(setup, guess.rows, steps * recipe.rows_per_step)
+    once = reference_share(shape, setup, guess.rows, steps * recipe.rows_per_step)
     duration = None
     if speed is not None:
         # Rows may be packed to the full length or go through as they are. Short rows make small batches, which are
@@ -194,19 +194,20 @@ def _speed(shape: ModelShape, setup: Setup, gpu: Gpu | None, seen: Sequence[Obse
     return measured_speed(step_work(shape, setup).operations_per_token, seen)
 
 
-def reference_share(setup: Setup, rows: int, seen: int) -> float:
+def reference_share(shape: ModelShape, setup: Setup, rows: int, seen: int) -> float:
     """Return the time that DPO's pass over the base takes, as a share of that of all steps.
 
     Each pair goes forward once through what a step takes it through twice, or three times with checkpoints.
 
     Args:
+        shape: The model.
         setup: How it is trained.
         rows: Rows that there are.
         seen: Rows that all steps see, one as often as it comes.
     """
     if setup.objective != "dpo" or not seen:
         return 0.0
-    return min(1.0, rows / seen) / (2 + setup.grad_checkpointing)
+    return min(1.0, rows / seen) / (2 + setup.recomputed_of(shape.layers) / shape.layers)
 
 
 def _run_tokens(recipe: Recipe, guess: "RowsGuess") -> tuple[int, tuple[float, float, float]]:

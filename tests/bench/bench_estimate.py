@@ -161,7 +161,7 @@ def held(engine: type[Setup], rounds: int) -> None:
             seq_len=draw.choice((64, 128, 256, 512, 700, 1024, 2048, 4096)),
             accumulation=draw.choice((1, 4)),
             optimizer=draw.choice(("adamw_torch", "adamw_8bit", "paged_adamw_8bit")),
-            grad_checkpointing=draw.random() < 0.7,
+            recompute="all" if draw.random() < 0.7 else "none",
             double_quant=draw.random() < 0.5,
         )
         model = shape

@@ -61,7 +61,7 @@ def main() -> None:
     config = tiny_config(**WIDE)
     recipe = Recipe().with_("method", "lora").with_("train.micro_batch", MICRO_BATCH).with_("train.seq_len", LENGTH)
     recipe = recipe.with_("model.dtype", "fp32").with_("train.accumulation", 1)
-    model = attach_adapter(LlamaForCausalLM(config), recipe.adapter, grad_checkpointing=True)
+    model = attach_adapter(LlamaForCausalLM(config), recipe.adapter, recompute="all")
     shape = shape_from_config(config.to_dict() | {"model_type": "llama"})
     models = {
         name: StepModel(model, "chunked", nullcontext, objective_of(recipe.with_("train.objective", name)))
@@ -100,7 +100,7 @@ def main() -> None:
     setups = [setup_of(recipe.with_("train.objective", name)) for name in ("dpo", "sft")]
     pair, rows = step_work(shape, setups[0]), step_work(shape, replace(setups[1], micro_batch=2 * MICRO_BATCH))
     print(f"  plan: {pair.half + pair.single:.3g} operations for the pairs, {rows.half + rows.single:.3g} for the rows")
-    print(f"  plan: the reference's pass takes {reference_share(setups[0], PAIRS, PAIRS):.2f} of a step")
+    print(f"  plan: the reference's pass takes {reference_share(shape, setups[0], PAIRS, PAIRS):.2f} of a step")
 
     uneven = examples((LENGTH // 8, LENGTH))
     batcher = Batcher(MICRO_BATCH, 0, CPU, objective=models["dpo"].objective)

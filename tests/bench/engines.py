@@ -118,7 +118,7 @@ def model_and_rows(work: Work) -> tuple[PeftModel, Any, list[Example]]:
         attention="sdpa",
         device=work.place,
     )
-    model = attach_adapter(frozen, AdapterSection(rank=16, alpha=32.0), grad_checkpointing=False)
+    model = attach_adapter(frozen, AdapterSection(rank=16, alpha=32.0), recompute="none")
     return model, tokenizer, rows_of(work, tokenizer)
 
 

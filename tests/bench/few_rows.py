@@ -128,7 +128,7 @@ def measured(setting: Setting, folder: Path) -> dict[str, Any]:
         "data.path": str(folder / "rows.jsonl"), "data.eval_path": str(folder / "held_out.jsonl"),
         "train.seq_len": 256, "train.micro_batch": micro_batch,
         "train.accumulation": setting.rows_per_step // micro_batch, "train.epochs": float(setting.epochs),
-        "train.learning_rate": setting.rate, "train.packing": "off", "train.grad_checkpointing": False,
+        "train.learning_rate": setting.rate, "train.packing": "off", "train.recompute": "none",
         "train.seed": setting.seed, "train.checkpoint_every": 0, "eval.rows": 0, "eval.every": 0, "eval.samples": 0,
     }  # fmt: skip
     recipe = Recipe(name="few-rows")

@@ -58,7 +58,7 @@ def breakdown(found: list[dict[str, Any]], libraries: dict[str, str]) -> str:
 def _said(row: dict[str, Any]) -> str:
     recipe = recipe_of(row["settings"])
     train = recipe.train
-    kept = "checkpointing" if train.grad_checkpointing else "no checkpointing"
+    kept = "no checkpointing" if train.recompute == "none" else "checkpointing"
     words = (recipe.method, f"rank {recipe.adapter.rank}", f"{train.micro_batch} x {train.seq_len}", kept)
     return ", ".join((*words, f"{train.loss} loss", train.optimizer))
 

@@ -107,13 +107,13 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"method": "qlora", "seq_len": 2048, "optimizer": "paged_adamw_8bit"},
     {"method": "lora", "seq_len": 1024, "micro_batch": 2, "rank": 8},
     {"method": "qlora", "seq_len": 512, "micro_batch": 4, "rank": 64, "loss": "full", "optimizer": "adamw_8bit"},
-    {"method": "lora", "seq_len": 512, "grad_checkpointing": False, "rank": 32, "optimizer": "paged_adamw_32bit"},
-    {"method": "qlora", "seq_len": 1024, "grad_checkpointing": False, "micro_batch": 2, "double_quant": False},
+    {"method": "lora", "seq_len": 512, "recompute": "none", "rank": 32, "optimizer": "paged_adamw_32bit"},
+    {"method": "qlora", "seq_len": 1024, "recompute": "none", "micro_batch": 2, "double_quant": False},
     {"method": "lora", "seq_len": 768, "micro_batch": 3, "loss": "full", "accumulation": 4, "optimizer": "adamw_8bit"},
     {"method": "qlora", "seq_len": 384, "dropout": 0.05, "rank": 128, "accumulation": 2, "dtype": "fp16"},
     {"method": "lora", "seq_len": 1536, "attention": "eager", "rank": 16},
     {"method": "qlora", "seq_len": 4096, "rank": 4, "micro_batch": 1, "loss": "full"},
-    {"method": "lora", "seq_len": 256, "micro_batch": 8, "grad_checkpointing": False, "loss": "full", "dropout": 0.1},
+    {"method": "lora", "seq_len": 256, "micro_batch": 8, "recompute": "none", "loss": "full", "dropout": 0.1},
 )
 PER_MODEL = 5
 OF_EXPERTS = ("Qwen3-30B-A3B", "Mixtral-8x7B")
@@ -144,21 +144,21 @@ UNTIED: tuple[tuple[str, dict[str, Any]], ...] = (
         "Mistral-7B-v0.1",
         {
             **{"method": "lora", "seq_len": 1024, "modules_to_save": "lm_head", "loss": "full"},
-            "grad_checkpointing": False,
+            "recompute": "none",
         },
     ),
     (
         "Qwen2.5-1.5B",
-        {"method": "lora", "seq_len": 512, "dora": True, "grad_checkpointing": False, "dropout": 0.05},
+        {"method": "lora", "seq_len": 512, "dora": True, "recompute": "none", "dropout": 0.05},
     ),
     (
         "Mistral-7B-v0.1",
-        {"method": "qlora", "seq_len": 2048, "dora": True, "grad_checkpointing": False, "dropout": 0.05},
+        {"method": "qlora", "seq_len": 2048, "dora": True, "recompute": "none", "dropout": 0.05},
     ),
     ("gemma-2b", {"method": "qlora", "seq_len": 4096, "dora": True, "rank": 8, "dropout": 0.05}),
     ("Qwen3-30B-A3B", {"method": "lora", "seq_len": 512}),
     ("Qwen3-30B-A3B", {"method": "qlora", "seq_len": 2048, "micro_batch": 2}),
-    ("Qwen3-30B-A3B", {"method": "qlora", "seq_len": 1024, "grad_checkpointing": False}),
+    ("Qwen3-30B-A3B", {"method": "qlora", "seq_len": 1024, "recompute": "none"}),
     ("Mixtral-8x7B", {"method": "lora", "seq_len": 512, "rank": 8}),
 )
 """The same on models whose head is their own, or very wide, and on mixtures."""
@@ -168,7 +168,7 @@ WITH_EXPERTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("Qwen3-30B-A3B", {"method": "lora", "seq_len": 512, "targets": ("experts.down_proj",), "rank": 8}),
     (
         "Mixtral-8x7B",
-        {"method": "qlora", "seq_len": 512, "targets": ("q_proj", "experts"), "grad_checkpointing": False},
+        {"method": "qlora", "seq_len": 512, "targets": ("q_proj", "experts"), "recompute": "none"},
     ),
     ("Mixtral-8x7B", {"method": "qlora", "seq_len": 2048, "skip_modules": "experts.down_proj"}),
 )
@@ -180,7 +180,7 @@ FULL_DEPTH: tuple[tuple[str, dict[str, Any]], ...] = (
     ("Llama-2-13b-hf", {"method": "qlora", "seq_len": 2048, "optimizer": "paged_adamw_8bit"}),
     ("Qwen2.5-0.5B", {"method": "qlora", "seq_len": 2048, "optimizer": "paged_adamw_8bit"}),
     ("gemma-3-1b", {"method": "qlora", "seq_len": 2048, "rank": 8}),
-    ("SmolLM2-135M", {"method": "lora", "seq_len": 1024, "micro_batch": 4, "grad_checkpointing": False}),
+    ("SmolLM2-135M", {"method": "lora", "seq_len": 1024, "micro_batch": 4, "recompute": "none"}),
     ("TinyLlama-1.1B", {"method": "lora", "seq_len": 2048, "micro_batch": 2, "loss": "full", "accumulation": 8}),
 )
 
@@ -188,7 +188,7 @@ _SECTIONS = {
     "model": {"dtype", "double_quant", "quant_type", "skip_modules"},
     "adapter": {"rank", "dropout", "targets", "layers", "rank_pattern", "rslora", "dora", "modules_to_save"},
     "train": {
-        *("seq_len", "micro_batch", "accumulation", "optimizer", "grad_checkpointing", "loss", "attention"),
+        *("seq_len", "micro_batch", "accumulation", "optimizer", "recompute", "loss", "attention"),
         "offload_checkpoints",
     },
 }

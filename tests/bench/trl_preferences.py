@@ -64,7 +64,7 @@ def _cut(side: Example) -> Example:
 def _model(folder: Path) -> Any:
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     torch.manual_seed(3)
-    model = attach_adapter(base, RECIPE.adapter, grad_checkpointing=False)
+    model = attach_adapter(base, RECIPE.adapter, recompute="none")
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)

@@ -17,9 +17,7 @@ def heavy(home: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     configs = json.loads((DATA / "model_configs.json").read_text(encoding="utf-8"))
     Path("config.json").write_text(json.dumps(configs["Llama-3.1-8B"]))
     path = Path("heavy.toml")
-    path.write_text(
-        "method = 'lora'\n[train]\nmicro_batch = 4\nseq_len = 4096\ngrad_checkpointing = false\nloss = 'full'\n"
-    )
+    path.write_text("method = 'lora'\n[train]\nmicro_batch = 4\nseq_len = 4096\nrecompute = 'none'\nloss = 'full'\n")
     return str(path)
 
 
@@ -28,7 +26,7 @@ def test_the_document(cli: Cli, heavy: str) -> None:
     document = outcome.document
     assert (outcome.code, outcome.err, document["fits"]) == (0, "", True)
     assert document["plan"]["high_bytes"] <= document["plan"]["budget_bytes"]
-    assert document["recipe"]["train"]["grad_checkpointing"] is True
+    assert document["recipe"]["train"]["recompute"] == "all"
     assert all(change["saves_bytes"] > 0 and change["why"] for change in document["changes"])
 
 

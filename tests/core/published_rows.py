@@ -125,7 +125,7 @@ def _setup(row: dict[str, Any]) -> StockSetup:
         micro_batch=row["micro_batch"],
         seq_len=PEFT_LONGEST_BATCH if padded else row["seq_len"],
         optimizer=_optimizer(row["optimizer"]),
-        grad_checkpointing=row["grad_checkpointing"],
+        recompute="all" if row["grad_checkpointing"] else "none",
         # What the source calls sdpa ran on the flash-attn package, for which no mask is built; and litgpt repeats
         # Falcon's one key head, so that torch's flash takes it.
         attention="flash_attention_2" if _flash(row) else row["attention"],

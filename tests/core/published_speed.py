@@ -45,13 +45,14 @@ def model(name: str) -> ModelShape:
 
 def setup(row: dict[str, Any]) -> StockSetup:
     """Return how a row was trained."""
-    same = ("method", "rank", "micro_batch", "seq_len", "dtype", "grad_checkpointing", "attention", "loss")
+    same = ("method", "rank", "micro_batch", "seq_len", "dtype", "attention", "loss")
     targets = row["targets"]
     return StockSetup(
         targets=targets if isinstance(targets, str) else tuple(targets),
         kbit_prepare=row["kbit_prepare"],
         autocast=row["autocast"],
         transformers=row.get("transformers", ""),
+        recompute="all" if row["grad_checkpointing"] else "none",
         **{name: row[name] for name in same},
     )
 

@@ -57,7 +57,7 @@ def _autocast_of_a_card() -> Iterator[None]:
 def _adapted(base: Any, setup: Setup) -> Any:
     if setup.quantised and setup.kbit_prepare:
         _upcast(base)
-    if setup.grad_checkpointing:
+    if setup.recomputes:
         base.activation_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
     base.config.use_cache = False

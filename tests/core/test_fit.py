@@ -17,7 +17,7 @@ LLAMA = shapes()["Llama-3.1-8B"]
 
 def recipe(**changes: object) -> Recipe:
     result = Recipe().with_("method", "lora").with_("train.micro_batch", 4).with_("train.seq_len", 4096)
-    result = result.with_("train.grad_checkpointing", False).with_("train.loss", "full")
+    result = result.with_("train.recompute", "none").with_("train.loss", "full")
     for path, value in changes.items():
         result = result.with_(path.replace("__", "."), value)
     return result
@@ -105,7 +105,7 @@ def test_every_change_is_priced_in_bytes_and_time():
     found = fit(recipe(), LLAMA, gpu, gpu.total_bytes)
     prices = {priced.change.settings[0][0]: priced for priced in found.fix.changes}
     assert prices["train.loss"].time[1] < 1.2
-    low, high = prices["train.grad_checkpointing"].time
+    low, high = prices["train.recompute"].time
     assert 1.1 < low < high < 1.5, "one more forward of three"
     low, high = prices["method"].time
     assert 1.0 <= low < high < 2.5
@@ -169,7 +169,7 @@ def test_every_card_gets_an_answer():
 
 def test_checkpoints_in_main_memory_are_offered_with_their_price():
     gpu = find_gpu("4090")
-    wanted = recipe(method="qlora", train__micro_batch=1, train__grad_checkpointing=True, train__loss="chunked")
+    wanted = recipe(method="qlora", train__micro_batch=1, train__recompute="all", train__loss="chunked")
     now = estimate_vram(LLAMA, setup_of(wanted), gpu)
     offloaded = estimate_vram(LLAMA, setup_of(wanted.with_("train.offload_checkpoints", True)), gpu)
     found = fit(wanted, LLAMA, gpu, (now.device.high + offloaded.device.high) // 2)

@@ -81,11 +81,11 @@ def test_axolotl_names_the_same_things_otherwise() -> None:
     assert _values(
         carrier, "method", "adapter.rank", "adapter.alpha", "adapter.targets", "adapter.dropout", "train.seq_len",
         "train.packing", "train.micro_batch", "train.accumulation", "train.epochs", "train.learning_rate",
-        "train.optimizer", "train.schedule", "train.warmup_fraction", "data.answers_only", "train.grad_checkpointing",
+        "train.optimizer", "train.schedule", "train.warmup_fraction", "data.answers_only", "train.recompute",
         "train.offload_checkpoints", "train.checkpoint_every", "train.max_grad_norm", "train.seed", "eval.rows",
         "data.template",
     ) == (
-        "qlora", 32, 16.0, "all-linear", 0.05, 4096, "on", 2, 8, 4.0, 2e-4, "adamw_8bit", "constant", 0.1, False, True,
+        "qlora", 32, 16.0, "all-linear", 0.05, 4096, "on", 2, 8, 4.0, 2e-4, "adamw_8bit", "constant", 0.1, False, "all",
         True, 0, 0.3, 7, 200, "alpaca",
     )  # fmt: skip
     assert carrier.recipe("it").data.sources == (Source("o/d#small@v1", rows=500, format="alpaca"),)

@@ -139,7 +139,7 @@ def rows(batch: int, length: int, checkpointing: bool, method: str = "lora") -> 
     return {
         "train__micro_batch": batch,
         "train__seq_len": length,
-        "train__grad_checkpointing": checkpointing,
+        "train__recompute": "all" if checkpointing else "none",
         "method": method,
     }
 

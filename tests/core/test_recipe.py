@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from studio.core.errors import BadInput
+from studio.core.layer_count import LayerCount
 from studio.core.recipe import FIELDS, Recipe, choices_of
 from studio.core.recipe_parse import apply_settings, recipe_from_dict
 from studio.core.value_kinds import Number
@@ -55,7 +56,7 @@ def test_every_problem_is_listed_with_field_found_and_allowed() -> None:
         "metod": "lora",
         "method": "dora",
         "adapter": {"rank": 0, "alpha": float("nan"), "targets": []},
-        "train": {"lerning_rate": 1e-4, "micro_batch": 2.5, "optimizer": "sgd", "grad_checkpointing": 1},
+        "train": {"lerning_rate": 1e-4, "micro_batch": 2.5, "optimizer": "sgd", "recompute": "some"},
         "device": {"device": "gpu0"},
     }
     with pytest.raises(BadInput) as caught:
@@ -71,7 +72,7 @@ def test_every_problem_is_listed_with_field_found_and_allowed() -> None:
         "perhaps train.learning_rate",
         "train.micro_batch: found 2.5",
         "train.optimizer: found 'sgd'; wanted adamw_torch or adamw_8bit",
-        "train.grad_checkpointing: found 1; wanted true or false",
+        "train.recompute: found 'some'; wanted all, none, auto or a number of layers",
         "device.device: found 'gpu0'; wanted auto, cpu, cuda or cuda:N",
     ):
         assert word in text
@@ -102,7 +103,7 @@ def test_settings() -> None:
         ("rank=8", "perhaps adapter.rank"),
         ("train.steps=many", "'many'"),
         ("train.steps=1.5", "1.5"),
-        ("train.grad_checkpointing=perhaps", "true or false"),
+        ("train.recompute=perhaps", "a number of layers"),
         ("train.learning_rate=inf", "inf"),
         ("adapter=3", "unknown key"),
     ],
@@ -271,6 +272,9 @@ def test_a_field_may_have_the_values_of_its_type() -> None:
                 assert choices_of(path) == get_args(hint)
             elif isinstance(number := FIELDS[path].kind, Number):
                 assert number.of is hint
+            elif isinstance(layers := FIELDS[path].kind, LayerCount):
+                words, count = get_args(hint)
+                assert (get_args(words), count) == (layers.words, int)
             else:
                 assert get_origin(hint) is tuple or hint in (str, bool, str | tuple[str, ...])
                 assert choices_of(path) == ()
@@ -301,7 +305,7 @@ def test_any_text_for_any_field_never_crashes(text: str) -> None:
 def test_there_is_nothing_to_offload_without_checkpoints() -> None:
     recipe = Recipe().with_("train.offload_checkpoints", True)
     assert recipe.problems() == ()
-    (problem,) = recipe.with_("train.grad_checkpointing", False).problems()
+    (problem,) = recipe.with_("train.recompute", "none").problems()
     assert problem.path == "train.offload_checkpoints"
 
 

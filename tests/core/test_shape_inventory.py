@@ -225,7 +225,7 @@ def test_a_mixture_trains_what_is_asked(family: str, targets: str | tuple[str, .
         targets = ("q_b_proj", "experts.down_proj")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-        adapted = attach_adapter(model, AdapterSection(rank=4, targets=targets), grad_checkpointing=False)
+        adapted = attach_adapter(model, AdapterSection(rank=4, targets=targets), recompute="none")
     shape = shape_from_config(config.to_dict())
     trained = {name: p.numel() for name, p in adapted.named_parameters() if p.requires_grad}
     assert trainable_parameters(shape, AdaptedPart(targets, 4)) == sum(trained.values())

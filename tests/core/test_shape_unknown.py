@@ -16,7 +16,7 @@ from tests.fakes.families import make_family
 
 SETUPS = (
     Setup(method="qlora", seq_len=512),
-    Setup(method="lora", seq_len=512, micro_batch=2, grad_checkpointing=False),
+    Setup(method="lora", seq_len=512, micro_batch=2, recompute="none"),
 )
 DENSE = ("apertus", "cohere", "gemma2", "glm4", "gpt_neox", "olmo2", "phi3", "stablelm", "starcoder2")
 SPARSE = ("deepseek_v3", "ernie4_5_moe", "glm4_moe", "glm4_moe_lite", "minimax_m2", "phimoe", "qwen2_moe")

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from dataclasses import replace
 from statistics import median
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -76,14 +77,14 @@ def test_operations_are_those_of_the_literature():
     layers = LLAMA.parameters - LLAMA.embedding_parameters - LLAMA.head_parameters
     short = replace(SETUP, rank=1, seq_len=1, micro_batch=1)
     head = 4 * LLAMA.embedding_parameters
-    for checkpointing, per_weight in ((True, 6), (False, 4)):
-        work = step_work(LLAMA, replace(short, grad_checkpointing=checkpointing))
+    for checkpointing, per_weight in (("all", 6), ("none", 4)):
+        work = step_work(LLAMA, replace(short, recompute=checkpointing))
         assert work.operations_per_token == pytest.approx(per_weight * layers + head, rel=0.01)
 
 
 def test_what_costs_time():
     base = expected(SETUP)
-    assert expected(replace(SETUP, grad_checkpointing=False)) > base * 1.2
+    assert expected(replace(SETUP, recompute="none")) > base * 1.2
     assert expected(replace(SETUP, dtype="fp32")) < base / 5
     assert expected(replace(SETUP, seq_len=16384)) < base * 0.8, "attention is quadratic"
     assert expected(replace(SETUP, attention="eager")) < base
@@ -139,15 +140,15 @@ def test_experts_without_a_gate_cost_two_products_and_not_three():
 
 def test_the_price_of_a_change_in_time():
     gpu = find_gpu("4090")
-    plain = replace(SETUP, micro_batch=4, seq_len=1024, grad_checkpointing=False)
-    low, high = time_factor(LLAMA, plain, replace(plain, grad_checkpointing=True), gpu) or (0, 0)
+    plain = replace(SETUP, micro_batch=4, seq_len=1024, recompute="none")
+    low, high = time_factor(LLAMA, plain, replace(plain, recompute="all"), gpu) or (0, 0)
     assert 1.1 < low <= high < 1.5
     low, high = time_factor(LLAMA, plain, replace(plain, method="qlora"), gpu) or (0, 0)
     assert 1.0 <= low < high < 1.6
     split = replace(plain, micro_batch=1, accumulation=4)
     low, high = time_factor(LLAMA, plain, split, gpu) or (0, 0)
     assert 1.0 <= low <= high < 1.2, "the same rows a step"
-    again = replace(plain, grad_checkpointing=True)
+    again = replace(plain, recompute="all")
     low, high = time_factor(LLAMA, again, replace(again, offload_checkpoints=True), gpu) or (0, 0)
     assert low == 1.0
     assert 1.01 < high < 1.3, "copies beside the computation cost between nothing and all of it"
@@ -163,9 +164,9 @@ def test_hours():
     st.integers(1, 64),
     st.sampled_from([64, 500, 2048, 8192]),
     st.sampled_from(["lora", "qlora"]),
-    st.booleans(),
+    st.sampled_from(["all", "none", 7]),
     st.sampled_from(sorted(CATALOGUE)),
 )
-def test_more_rows_are_never_slower_per_token(batch: int, length: int, method: str, again: bool, card: str):
-    setup = Setup(method=method, micro_batch=batch, seq_len=length, grad_checkpointing=again)  # type: ignore[arg-type]
+def test_more_rows_are_never_slower_per_token(batch: int, length: int, method: str, again: Any, card: str):
+    setup = Setup(method=method, micro_batch=batch, seq_len=length, recompute=again)  # type: ignore[arg-type]
     assert expected(replace(setup, micro_batch=batch + 1), card) >= expected(setup, card) * (1 - 1e-9)

@@ -48,7 +48,7 @@ CHOICES: dict[str, st.SearchStrategy[Any]] = {
     "seq_len": st.integers(8, 4096),
     "accumulation": st.sampled_from([1, 8]),
     "optimizer": st.sampled_from(["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]),
-    "grad_checkpointing": st.booleans(),
+    "recompute": st.sampled_from(["all", "none", 1, 3]),
     "attention": st.sampled_from(["sdpa", "eager", "flash_attention_2"]),
     "loss": st.sampled_from(["chunked", "full", "liger"]),
     "offload_checkpoints": st.booleans(),
@@ -102,7 +102,7 @@ def test_what_goes_backward_before_a_checkpoint_computes_again_does_not_stand_be
     ("changes", "traced"),
     [
         ({"method": "lora"}, 1_306_547_200),
-        ({"method": "lora", "grad_checkpointing": False}, 1_306_547_200),
+        ({"method": "lora", "recompute": "none"}, 1_306_547_200),
         ({"method": "qlora", "loss": "full"}, 2_277_331_456),
     ],
 )
@@ -113,7 +113,7 @@ def test_a_head_trained_alone_leaves_the_layers_without_a_graph(changes: dict[st
     assert staged(shape, setup, "flash").peak == pytest.approx(traced, rel=0.005)
     stock = stock_setup(setup)
     closed = estimated(shape, stock)
-    assert (refined(closed, shape, stock) is closed) == (not setup.grad_checkpointing)
+    assert (refined(closed, shape, stock) is closed) == (not setup.recomputes)
 
 
 @settings(max_examples=examples(150))
@@ -220,10 +220,10 @@ def test_full_rows_of_one_length_or_another_hold_the_same_tokens(setup: Setup):
 
 
 def test_checkpointing_chunks_and_four_bits_save():
-    whole = estimated(LLAMA, Setup(method="lora", seq_len=2048, grad_checkpointing=False, loss="full"))
+    whole = estimated(LLAMA, Setup(method="lora", seq_len=2048, recompute="none", loss="full"))
     peaks = [whole.allocated.expected]
-    for change in ({"grad_checkpointing": True}, {"loss": "chunked"}, {"method": "qlora"}):
-        setup = Setup(method="lora", seq_len=2048, grad_checkpointing=False, loss="full")
+    for change in ({"recompute": "all"}, {"loss": "chunked"}, {"method": "qlora"}):
+        setup = Setup(method="lora", seq_len=2048, recompute="none", loss="full")
         peaks.append(estimated(LLAMA, replace(setup, **change)).allocated.expected)
     assert all(peak < peaks[0] for peak in peaks[1:])
 

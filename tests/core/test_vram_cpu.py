@@ -30,7 +30,7 @@ def real_step(setup: Setup, values: dict[str, Any]) -> int:
     if setup.quantised:
         four_bit(base, DTYPES[setup.dtype])
     section = AdapterSection(rank=setup.rank, dropout=setup.dropout, dora=setup.dora)
-    model = attach_adapter(base, section, grad_checkpointing=setup.grad_checkpointing)
+    model = attach_adapter(base, section, recompute=setup.recompute)
     return tracked_peak(model, setup, DTYPES[setup.dtype], values["vocab_size"])
 
 
@@ -43,15 +43,17 @@ def predicted_step(setup: Setup, values: dict[str, Any]) -> int:
 
 CASES = [
     {},
-    {"grad_checkpointing": False, "dropout": 0.1},
+    {"recompute": "none", "dropout": 0.1},
+    {"recompute": 1, "method": "qlora", "dropout": 0.1},
+    {"recompute": 3, "vocab_size": 8192},
     {"vocab_size": 8192},
     {"vocab_size": 8192, "loss": "full"},
     {"dtype": "fp32", "vocab_size": 8192},
-    {"dtype": "fp32", "grad_checkpointing": False, "dropout": 0.1, "loss": "full"},
+    {"dtype": "fp32", "recompute": "none", "dropout": 0.1, "loss": "full"},
     {"attention": "eager"},
-    {"attention": "eager", "grad_checkpointing": False},
+    {"attention": "eager", "recompute": "none"},
     {"method": "qlora", "vocab_size": 8192},
-    {"method": "qlora", "grad_checkpointing": False, "loss": "full"},
+    {"method": "qlora", "recompute": "none", "loss": "full"},
     {"method": "qlora", "double_quant": True, "dropout": 0.1},
     {"micro_batch": 1, "seq_len": 1024},
     {"rank": 64},
@@ -83,9 +85,9 @@ MORE_FAMILIES = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("grad_checkpointing", [True, False])
+@pytest.mark.parametrize("recompute", ["all", "none", 2])
 @pytest.mark.parametrize("family", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_FAMILIES)])
-def test_other_families_on_a_cpu(family: str, grad_checkpointing: bool) -> None:
+def test_other_families_on_a_cpu(family: str, recompute: Any) -> None:
     values = {
         "model_type": family,
         **SHAPE,
@@ -94,7 +96,7 @@ def test_other_families_on_a_cpu(family: str, grad_checkpointing: bool) -> None:
         "sliding_window": 512,
         "pad_token_id": 0,
     }
-    setup = replace(PLAIN, grad_checkpointing=grad_checkpointing)
+    setup = replace(PLAIN, recompute=recompute)
     assert predicted_step(setup, values) == pytest.approx(real_step(setup, values), rel=0.02)
 
 
@@ -113,7 +115,7 @@ TINY = {"model_type": "llama", **SHAPE, "vocab_size": 512}
 RUNS: list[dict[str, Any]] = [
     {"method": "lora", "model__dtype": "bf16"},
     {"method": "qlora", "model__dtype": "bf16", "train__accumulation": 2, "adapter__rank": 64},
-    {"method": "lora", "model__dtype": "fp32", "train__grad_checkpointing": False, "train__loss": "full"},
+    {"method": "lora", "model__dtype": "fp32", "train__recompute": "none", "train__loss": "full"},
 ]
 
 
@@ -123,23 +125,21 @@ def test_a_whole_run_on_a_cpu(fields: dict[str, Any]) -> None:
     assert predicted == pytest.approx(real, rel=0.02)
 
 
-@pytest.mark.parametrize("grad_checkpointing", [True, False])
-def test_the_backward_ends_at_the_first_layer_with_an_adapter(grad_checkpointing: bool) -> None:
+@pytest.mark.parametrize("recompute", ["all", "none"])
+def test_the_backward_ends_at_the_first_layer_with_an_adapter(recompute: Any) -> None:
     """Layers before it keep nothing: here two short convolutions, which have neither queries nor values."""
     kinds = ["conv", "conv", "full_attention", "conv", "full_attention"]
     values = {"model_type": "lfm2", **SHAPE, "vocab_size": 512, "num_hidden_layers": 5, "layer_types": kinds}
-    fields = {"adapter__targets": ("q_proj", "v_proj"), "train__grad_checkpointing": grad_checkpointing}
+    fields = {"adapter__targets": ("q_proj", "v_proj"), "train__recompute": recompute}
     predicted, real = whole_run(values, method="lora", model__dtype="bf16", **fields)
     assert predicted == pytest.approx(real, rel=0.02)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "qlora"])
-@pytest.mark.parametrize("grad_checkpointing", [True, False])
-def test_a_whole_run_of_the_embedded_model(method: str, grad_checkpointing: bool) -> None:
+@pytest.mark.parametrize("recompute", ["all", "none"])
+def test_a_whole_run_of_the_embedded_model(method: str, recompute: Any) -> None:
     values = find_base("embedded").config
     assert values is not None
-    predicted, real = whole_run(
-        values, method=method, model__dtype="bf16", train__grad_checkpointing=grad_checkpointing
-    )
+    predicted, real = whole_run(values, method=method, model__dtype="bf16", train__recompute=recompute)
     assert predicted == pytest.approx(real, rel=0.005)

@@ -57,7 +57,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3n_text": {**GEMMA, "num_kv_shared_layers": 0, "vocab_size_per_layer_input": 8192},
 }
 CHECKPOINTED = {"method": "lora", "seq_len": 1024, "micro_batch": 2}
-KEPT = {"method": "qlora", "seq_len": 512, "grad_checkpointing": False}
+KEPT = {"method": "qlora", "seq_len": 512, "recompute": "none"}
 
 
 def compared(family: str, settings: dict[str, Any]) -> tuple[int, Any]:

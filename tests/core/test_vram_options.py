@@ -96,8 +96,8 @@ def test_a_cpu_has_tensors_and_nothing_else():
     assert cpu.components.workspace == 0
     assert cpu.allocated.expected < card.allocated.expected
     assert any("Python" in note for note in cpu.notes)
-    dropped = estimated(SMALL, Setup(method="lora", device="cpu", dropout=0.1, grad_checkpointing=False))
-    fused = estimated(SMALL, Setup(method="lora", dropout=0.1, grad_checkpointing=False))
+    dropped = estimated(SMALL, Setup(method="lora", device="cpu", dropout=0.1, recompute="none"))
+    fused = estimated(SMALL, Setup(method="lora", dropout=0.1, recompute="none"))
     assert dropped.components.activations > fused.components.activations, "its dropout keeps noise of the input's size"
 
 

@@ -55,7 +55,7 @@ def one_step(setup: Setup, dtype: torch.dtype, vocabulary: int) -> int:
     if setup.quantised:
         four_bit(base, dtype)
     section = AdapterSection(rank=setup.rank, dropout=setup.dropout, dora=setup.dora)
-    model = attach_adapter(base, section, grad_checkpointing=setup.grad_checkpointing)
+    model = attach_adapter(base, section, recompute=setup.recompute)
     return tracked_peak(model, setup, dtype, vocabulary)
 
 
@@ -79,24 +79,24 @@ def predicted(setup: Setup, vocabulary: int) -> int:
 
 # Without checkpointing the chunked loss peaks in a temporary of the hidden states that a CPU trace does not see.
 _LOSSES = [
-    (True, 4096, "full"),
-    (True, 512, "full"),
-    (True, 512, "chunked"),
-    (False, 4096, "full"),
-    (False, 512, "full"),
+    ("all", 4096, "full"),
+    ("all", 512, "full"),
+    ("all", 512, "chunked"),
+    ("none", 4096, "full"),
+    ("none", 512, "full"),
 ]
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize(("grad_checkpointing", "vocabulary", "loss"), _LOSSES)
-def test_a_real_step(method: Any, dtype: Any, grad_checkpointing: bool, vocabulary: int, loss: Any):
+@pytest.mark.parametrize(("recompute", "vocabulary", "loss"), _LOSSES)
+def test_a_real_step(method: Any, dtype: Any, recompute: Any, vocabulary: int, loss: Any):
     setup = Setup(
         method=method,
         rank=RANK,
         micro_batch=2,
         seq_len=384,
-        grad_checkpointing=grad_checkpointing,
+        recompute=recompute,
         loss=loss,
         dtype=dtype,
     )
@@ -104,8 +104,8 @@ def test_a_real_step(method: Any, dtype: Any, grad_checkpointing: bool, vocabula
     assert predicted(setup, vocabulary) == pytest.approx(measured, rel=0.01)
 
 
-@pytest.mark.parametrize("grad_checkpointing", [True, False])
-def test_dora_is_roughly_known(grad_checkpointing: bool):
+@pytest.mark.parametrize("recompute", ["all", "none"])
+def test_dora_is_roughly_known(recompute: Any):
     setup = Setup(
         method="lora",
         rank=RANK,
@@ -113,7 +113,7 @@ def test_dora_is_roughly_known(grad_checkpointing: bool):
         micro_batch=2,
         seq_len=384,
         loss="full",
-        grad_checkpointing=grad_checkpointing,
+        recompute=recompute,
     )
     measured = one_step(setup, torch.bfloat16, 512)
     assert predicted(setup, 512) == pytest.approx(measured, rel=0.06)
@@ -125,8 +125,8 @@ def test_dropout_and_recomputed_layers_go_together():
     assert one_step(setup, torch.bfloat16, 512) > 0
 
 
-@pytest.mark.parametrize("grad_checkpointing", [True, False])
-def test_a_mixture_of_experts_with_adapted_attention(grad_checkpointing: bool):
+@pytest.mark.parametrize("recompute", ["all", "none"])
+def test_a_mixture_of_experts_with_adapted_attention(recompute: Any):
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
         hidden_size=256,
@@ -146,11 +146,11 @@ def test_a_mixture_of_experts_with_adapted_attention(grad_checkpointing: bool):
         micro_batch=2,
         seq_len=384,
         loss="full",
-        grad_checkpointing=grad_checkpointing,
+        recompute=recompute,
     )
     base = Qwen3MoeForCausalLM(config).to(torch.bfloat16)
     section = AdapterSection(rank=RANK, targets=("q_proj", "v_proj"))
-    model = attach_adapter(base, section, grad_checkpointing=grad_checkpointing)
+    model = attach_adapter(base, section, recompute=recompute)
     stages = staged(shape_from_config(config.to_dict()), setup, "flash", workspace=0)
     expected = max(stages.peaks[1:4]) - stages.standing.resident
     assert expected == pytest.approx(tracked_peak(model, setup, torch.bfloat16, 512), rel=0.02)

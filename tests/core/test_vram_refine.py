@@ -1,6 +1,7 @@
 """What a plan makes of a replay: which estimates it refines, and which it leaves as they are."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -24,12 +25,12 @@ STOCK = StockSetup(method="lora", loss="full", micro_batch=1, seq_len=1024, tran
 OURS = [
     # Set-ups of our own loop of which the closed form's high end once fell short of a replay.
     ("SmolLM2-135M", Setup(method="qlora", rank=256, micro_batch=1, seq_len=256)),
-    ("SmolLM2-135M", Setup(method="qlora", rank=128, micro_batch=1, seq_len=512, grad_checkpointing=False)),
+    ("SmolLM2-135M", Setup(method="qlora", rank=128, micro_batch=1, seq_len=512, recompute="none")),
     ("Llama-2-13b-hf", Setup(method="qlora", rank=256, micro_batch=4, seq_len=2048, optimizer="adamw_8bit")),
     ("Qwen2.5-1.5B", Setup(method="lora", rank=128, micro_batch=4, seq_len=256)),
     ("deepseek-coder-1.3b", Setup(method="qlora", rank=256, micro_batch=2, seq_len=128)),
     ("Qwen-7B", Setup(method="qlora", rank=256, micro_batch=2, seq_len=4096)),
-    ("Llama-2-7b-hf", Setup(method="lora", rank=16, seq_len=700, grad_checkpointing=False, optimizer="adamw_8bit")),
+    ("Llama-2-7b-hf", Setup(method="lora", rank=16, seq_len=700, recompute="none", optimizer="adamw_8bit")),
 ]
 SHALLOW = replace(shapes()["Llama-3.2-1B"], groups=(LayerGroup(2, shapes()["Llama-3.2-1B"].groups[0].layer),))
 
@@ -88,15 +89,15 @@ class _Strict(CachingAllocator):
 
 
 @pytest.mark.parametrize("setup", [STOCK, Setup(method="lora", loss="full", micro_batch=1, seq_len=1024)])
-@pytest.mark.parametrize("grad_checkpointing", [True, False])
-def test_a_replay_gives_every_block_back_once(setup: Setup, grad_checkpointing: bool, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("recompute", ["all", "none"])
+def test_a_replay_gives_every_block_back_once(setup: Setup, recompute: Any, monkeypatch: pytest.MonkeyPatch):
     """Olmo 3 has no norm in front of its first layer, which then saves the model's input itself."""
     monkeypatch.setattr(replay, "CachingAllocator", _Strict)
     for shape in shapes().values():
         if any(group.layer.experts for group in shape.groups):
             continue
         shallow = replace(shape, groups=tuple(replace(group, count=min(2, group.count)) for group in shape.groups))
-        each = replace(setup, grad_checkpointing=grad_checkpointing, method="qlora", micro_batch=8)
+        each = replace(setup, recompute=recompute, method="qlora", micro_batch=8)
         replayed.__wrapped__(shallow, each, "flash", workspace=CUBLAS_WORKSPACE_BYTES)
 
 
@@ -157,7 +158,7 @@ def most_asked(setup: StockSetup) -> int:
         seq_len=st.integers(8, 1024),
         accumulation=st.sampled_from([1, 8]),
         optimizer=st.sampled_from(["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]),
-        grad_checkpointing=st.booleans(),
+        recompute=st.sampled_from(["all", "none"]),
         loss=st.just("full"),
         kbit_prepare=st.booleans(),
         transformers=st.sampled_from(["", "4.48.1", "5.24"]),
@@ -165,7 +166,7 @@ def most_asked(setup: StockSetup) -> int:
     st.sampled_from(["rank", "micro_batch", "seq_len"]),
     st.integers(1, 64),
 )
-@example(replace(STOCK, rank=36, seq_len=9, grad_checkpointing=False, transformers=""), "seq_len", 2)
+@example(replace(STOCK, rank=36, seq_len=9, recompute="none", transformers=""), "seq_len", 2)
 def test_more_never_takes_less_in_a_plan_of_the_stock_loop(setup: StockSetup, field: str, more: int):
     """But for what bitsandbytes pages, and by a hundredth of the high end, whose segments come whole."""
     larger = replace(setup, **{field: getattr(setup, field) + more})

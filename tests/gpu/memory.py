@@ -166,7 +166,7 @@ def by_stage(bench: Bench, model: str, method: str, checkpointing: str) -> Seen:
 
 
 def _recipe(bench: Bench, model: str, method: str, checkpointing: bool) -> Recipe:
-    recipe = bench.long(method=method, train__grad_checkpointing=checkpointing)
+    recipe = bench.long(method=method, train__recompute="all" if checkpointing else "none")
     recipe = recipe.with_("train.packing", "off").with_("train.steps", 3)
     if model == "tiny" or bench.rehearsed:
         # In a rehearsal the optimizer differs, so that no check is another's twin.

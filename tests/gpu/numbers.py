@@ -122,7 +122,7 @@ def some_rows(*lengths: int, vocabulary: int = 250, seed: int = 4) -> list[Examp
 
 def _adapted(model: Any) -> Any:
     model.requires_grad_(False)
-    adapted = attach_adapter(model, AdapterSection(rank=4, alpha=8.0), grad_checkpointing=False)
+    adapted = attach_adapter(model, AdapterSection(rank=4, alpha=8.0), recompute="none")
     torch.manual_seed(9)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():

@@ -212,7 +212,7 @@ def offloaded_step(bench: Bench) -> Seen:
 
 def offloaded_run(bench: Bench) -> Seen:
     """Checkpoints on the host in a whole run: the same losses in less memory."""
-    recipe = bench.long(train__grad_checkpointing=True)
+    recipe = bench.long(train__recompute="all")
     if not bench.rehearsed:
         need_embedded(bench)
     here, there = (bench.run(recipe.with_("train.offload_checkpoints", moved)) for moved in (False, True))

@@ -70,7 +70,7 @@ def recipe(tiny: Path, data: Path) -> Recipe:
         "train.schedule": "constant",
         "train.warmup_fraction": 0.0,
         "train.checkpoint_every": 0,
-        "train.grad_checkpointing": False,
+        "train.recompute": "none",
         "train.packing": "off",
         "train.group_by_length": False,
         "eval.rows": 0,

@@ -60,7 +60,8 @@ def step_model_of(case: str, method: str, loss: Any, autocast: Any = nullcontext
         keep_packing(base)
     base.requires_grad_(False)
     adapter = AdapterSection(rank=4, alpha=8.0, **section)
-    step_model = StepModel(attach_adapter(base, adapter, grad_checkpointing=case == "checkpointing"), loss, autocast)
+    recompute: Any = "all" if case == "checkpointing" else "none"
+    step_model = StepModel(attach_adapter(base, adapter, recompute=recompute), loss, autocast)
     stir(step_model)
     return step_model.train()
 

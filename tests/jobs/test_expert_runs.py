@@ -51,7 +51,7 @@ def test_plain_peft_loads_what_our_pairs_save(tmp_path: Path, family: str, metho
     base = loaded(folder, method=method)
     plain = dequantised(folder, base) if method == "qlora" else AutoModelForCausalLM.from_pretrained(folder)
     section = AdapterSection(rank=4, alpha=8, targets=("all-linear", "experts"))
-    model = attach_adapter(base, section, grad_checkpointing=True).train()
+    model = attach_adapter(base, section, recompute="all").train()
     torch.manual_seed(3)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -117,7 +117,7 @@ def test_a_run_with_adapted_experts_trains_resumes_and_merges(
 ) -> None:
     base = base_of(tmp_path / "base", family)
     recipe = recipe.with_("model.base", str(base)).with_("method", "qlora").with_("adapter.targets", EXPERTS)
-    recipe = recipe.with_("train.learning_rate", 2e-3).with_("train.grad_checkpointing", True).with_("eval.rows", 2)
+    recipe = recipe.with_("train.learning_rate", 2e-3).with_("train.recompute", "all").with_("eval.rows", 2)
     whole = train(recipe)
     history = history_of(whole)
     assert history.failed is None, history.failed

@@ -24,12 +24,10 @@ SIZES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("grad_checkpointing", [True, False])
+@pytest.mark.parametrize("recompute", ["all", "none"])
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 @pytest.mark.parametrize("size", SIZES)
-def test_the_estimate_is_the_trace_at_other_sizes(
-    size: str, method: str, grad_checkpointing: bool, tmp_path: Path
-) -> None:
+def test_the_estimate_is_the_trace_at_other_sizes(size: str, method: str, recompute: Any, tmp_path: Path) -> None:
     family, said, trained = SIZES[size]
     config = make_wide(tmp_path / family, family) / "config.json"
     values = json.loads(config.read_text())
@@ -37,7 +35,7 @@ def test_the_estimate_is_the_trace_at_other_sizes(
     alone = tmp_path / "alone"  # without tensors, which have the sizes from before
     alone.mkdir()
     (alone / "config.json").write_text(json.dumps({**values, "text_config": text}))
-    recipe = traced_recipe(alone, method).with_("train.grad_checkpointing", grad_checkpointing)
+    recipe = traced_recipe(alone, method).with_("train.recompute", recompute)
     for path, value in trained.items():
         recipe = recipe.with_(path, value)
     estimate = planned(find_shape(str(alone / "config.json")), recipe)

@@ -79,7 +79,7 @@ def trained(home: Path) -> RunPaths:
     settings = {
         "model.base": "embedded", "data.path": "embedded", "method": "qlora", "train.steps": 4, "train.micro_batch": 4,
         "train.accumulation": 1, "train.seq_len": 128, "train.learning_rate": 1e-3, "train.packing": "off",
-        "train.warmup_fraction": 0.0, "train.checkpoint_every": 0, "train.grad_checkpointing": False, "eval.rows": 0,
+        "train.warmup_fraction": 0.0, "train.checkpoint_every": 0, "train.recompute": "none", "eval.rows": 0,
         "eval.samples": 0, "eval.every": 0,
     }  # fmt: skip
     for path, value in settings.items():

@@ -63,7 +63,9 @@ def kinds(adapter: dict[str, torch.Tensor]) -> set[str]:
 def step_model_of(folder: Path, *, checkpointed: bool = True, loss: str = "chunked") -> StepModel:
     torch.manual_seed(1)
     model = attach_adapter(
-        AutoModelForCausalLM.from_pretrained(folder), AdapterSection(rank=4, alpha=8.0), grad_checkpointing=checkpointed
+        AutoModelForCausalLM.from_pretrained(folder),
+        AdapterSection(rank=4, alpha=8.0),
+        recompute="all" if checkpointed else "none",
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -91,7 +93,7 @@ def test_a_hybrid_trains_and_every_adapted_module_moves(
     train: Train, recipe: Recipe, tmp_path: Path, family: str, method: str
 ) -> None:
     recipe = recipe.with_("model.base", str(make_hybrid(tmp_path / family, family))).with_("method", method)
-    recipe = recipe.with_("train.grad_checkpointing", True).with_("train.packing", "on").with_("train.micro_batch", 6)
+    recipe = recipe.with_("train.recompute", "all").with_("train.packing", "on").with_("train.micro_batch", 6)
     paths = train(recipe.with_("train.steps", 5).with_("train.learning_rate", 2e-3))
     history = history_of(paths)
     assert history.failed is None, history.failed

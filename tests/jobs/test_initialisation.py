@@ -55,7 +55,7 @@ def test_a_pissa_start_is_the_base_and_what_is_saved_is_the_trained_model(
     plain = logits(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32))
     base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     section = AdapterSection(rank=4, alpha=24.0, init="pissa", rslora=rslora, **patterns)
-    model = attach_adapter(base, section, grad_checkpointing=False)
+    model = attach_adapter(base, section, recompute="none")
     start = init_pissa(model)
     assert all(tensor.any() for tensor in start.values())
     torch.testing.assert_close(logits(model), plain, rtol=1e-4, atol=1e-4)
@@ -71,7 +71,7 @@ def test_a_pissa_start_is_the_base_and_what_is_saved_is_the_trained_model(
 def test_pissa_takes_the_largest_directions(tiny: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     before = torch.linalg.svdvals(base.model.layers[0].mlp.up_proj.weight)
-    init_pissa(model := attach_adapter(base, AdapterSection(rank=8, init="pissa"), grad_checkpointing=False))
+    init_pissa(model := attach_adapter(base, AdapterSection(rank=8, init="pissa"), recompute="none"))
     after = torch.linalg.svdvals(model.get_base_model().model.layers[0].mlp.up_proj.get_base_layer().weight)
     torch.testing.assert_close(after[:-8], before[8:], rtol=1e-3, atol=1e-3)
 
@@ -81,14 +81,14 @@ def test_pissa_on_transposed_weights_and_tied_heads() -> None:
     base = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=300, n_positions=32))
     plain = logits(base)
     targets = ("c_attn", "lm_head")
-    model = attach_adapter(base, AdapterSection(rank=4, targets=targets, init="pissa"), grad_checkpointing=False)
+    model = attach_adapter(base, AdapterSection(rank=4, targets=targets, init="pissa"), recompute="none")
     init_pissa(model)
     torch.testing.assert_close(logits(model), plain, rtol=1e-4, atol=1e-4)
 
 
 def test_loftq_repairs_what_quantisation_lost(tiny: Path) -> None:
     """Every layer comes nearer to its 16-bit weight by just what the best rank-r picture of the loss allows."""
-    model = attach_adapter(four_bit_base(tiny), AdapterSection(rank=16, alpha=64.0), grad_checkpointing=False)
+    model = attach_adapter(four_bit_base(tiny), AdapterSection(rank=16, alpha=64.0), recompute="none")
     assert init_loftq(model, tiny) == 14
     exact = load_file(tiny / "model.safetensors")
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
@@ -103,7 +103,7 @@ def test_loftq_repairs_what_quantisation_lost(tiny: Path) -> None:
 
 def test_loftq_brings_the_outputs_nearer_to_the_16_bit_model(tiny: Path) -> None:
     exact = logits(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32))
-    model = attach_adapter(four_bit_base(tiny), AdapterSection(rank=32, alpha=64.0), grad_checkpointing=False)
+    model = attach_adapter(four_bit_base(tiny), AdapterSection(rank=32, alpha=64.0), recompute="none")
     before = (logits(model) - exact).norm()
     init_loftq(model, tiny)
     assert (logits(model) - exact).norm() < 0.7 * before

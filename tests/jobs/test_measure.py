@@ -60,16 +60,16 @@ def measured(values: dict[str, Any], recipe: Recipe, dtype: str) -> Peaks:
 
 FAST = [
     {"method": "lora"},
-    {"method": "lora", "train__grad_checkpointing": False},
-    {"method": "qlora", "train__grad_checkpointing": False, "adapter__targets": ("q_proj", "v_proj")},
+    {"method": "lora", "train__recompute": "none"},
+    {"method": "qlora", "train__recompute": "none", "adapter__targets": ("q_proj", "v_proj")},
 ]
 SLOW = [
     {"method": "qlora", "train__accumulation": 2, "train__optimizer": "adamw_8bit"},
-    {"method": "qlora", "train__grad_checkpointing": False},
+    {"method": "qlora", "train__recompute": "none"},
     *(
-        {"method": method, "train__grad_checkpointing": kept, "train__loss": loss, "model__dtype": dtype}
+        {"method": method, "train__recompute": kept, "train__loss": loss, "model__dtype": dtype}
         for method in ("lora", "qlora")
-        for kept in (True, False)
+        for kept in ("all", "none")
         for loss, dtype in (("full", "bf16"), ("chunked", "fp32"))
     ),
     {"method": "qlora", "model__double_quant": False, "adapter__dropout": 0.1, "train__optimizer": "paged_adamw_32bit"},

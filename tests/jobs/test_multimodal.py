@@ -89,7 +89,7 @@ def test_the_adapter_has_the_trained_effect_on_the_original_class(
     base = tmp_path / "base"
     for path, value in {"model.base": str(base), "method": method, "train.packing": "on"}.items():
         recipe = recipe.with_(path, value)
-    paths = train(recipe.with_("train.grad_checkpointing", True))
+    paths = train(recipe.with_("train.recompute", "all"))
     history = history_of(paths)
     assert history.failed is None
     assert not history.warnings, "rows are packed, and the loss is the chunked one"
@@ -255,7 +255,7 @@ def test_a_chat_refuses_an_adapter_of_the_text_class(recipe: Recipe, train: Trai
 def test_an_adapter_that_fits_nothing_of_the_original_class_is_refused(tmp_path: Path) -> None:
     """Trained on the text class of the family, its keys have other names than a server knows."""
     base = make_family(tmp_path / "base", "qwen3_5", dtype=torch.float32)
-    model = attach_adapter(AutoModelForCausalLM.from_pretrained(base), AdapterSection(), grad_checkpointing=False)
+    model = attach_adapter(AutoModelForCausalLM.from_pretrained(base), AdapterSection(), recompute="none")
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             weight.data.normal_()

@@ -121,7 +121,7 @@ def test_the_embeddings_want_no_gradient() -> None:
 
 
 def test_a_cpu_has_nothing_to_move(train: Train, recipe: Recipe) -> None:
-    recipe = recipe.with_("train.grad_checkpointing", True)
+    recipe = recipe.with_("train.recompute", "all")
     plain, asked = (history_of(train(recipe.with_("train.offload_checkpoints", wish))) for wish in (False, True))
     assert asked.failed is None
     assert [warning.topic for warning in asked.warnings] == ["offload"]

@@ -310,7 +310,7 @@ def test_measuring_leaves_no_gradient() -> None:
 @pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "qlora"])
 def test_packed_training_has_the_losses_of_padded_training(train: Train, recipe: Recipe, method: str) -> None:
     recipe = recipe.with_("method", method).with_("train.micro_batch", 3).with_("train.accumulation", 2)
-    recipe = recipe.with_("eval.rows", 1).with_("train.grad_checkpointing", True).with_("train.group_by_length", False)
+    recipe = recipe.with_("eval.rows", 1).with_("train.recompute", "all").with_("train.group_by_length", False)
     padded, tight = (history_of(train(recipe.with_("train.packing", word))) for word in ("off", "on"))
     assert tight.failed is None, tight.failed
     assert not tight.warnings
@@ -368,7 +368,7 @@ def test_generation_and_padded_batches_are_untouched_by_the_switch(tiny: Path) -
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
-    model = attach_adapter(base, AdapterSection(rank=4), grad_checkpointing=False).eval()
+    model = attach_adapter(base, AdapterSection(rank=4), recompute="none").eval()
     ids = torch.arange(20).reshape(2, 10)
     mask = torch.ones_like(ids)
     mask[1, :3] = 0

@@ -86,7 +86,7 @@ def stage(tiny: Path, recipe: Recipe) -> Stage:
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     torch.manual_seed(3)
-    model = attach_adapter(base, recipe.adapter, grad_checkpointing=False)
+    model = attach_adapter(base, recipe.adapter, recompute="none")
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)
@@ -216,7 +216,7 @@ LLAMA = {
     "tie_word_embeddings": False,
 }
 TRACED = [
-    {"train.objective": "orpo", "method": "lora", "train.grad_checkpointing": False},
+    {"train.objective": "orpo", "method": "lora", "train.recompute": "none"},
     {"train.objective": "dpo", "method": "qlora"},
     {"train.objective": "dpo", "method": "lora", "train.loss": "full", "train.accumulation": 2},
     {"train.objective": "dpo", "method": "lora", "adapter.modules_to_save": ("lm_head",)},
@@ -483,7 +483,7 @@ def test_the_adapter_is_merged_exported_and_measured_as_any(
         {"adapter.dora": True},
         {"adapter.modules_to_save": ("lm_head", "embed_tokens")},
         {"adapter.targets": ("q_proj", "lm_head"), "train.loss": "full"},
-        {"adapter.init": "gaussian", "adapter.dropout": 0.3, "train.grad_checkpointing": True},
+        {"adapter.init": "gaussian", "adapter.dropout": 0.3, "train.recompute": "all"},
     ],
     ids=str,
 )
@@ -492,7 +492,7 @@ def test_the_reference_is_the_base_whatever_is_trained(tiny: Path, recipe: Recip
     recipe = with_settings(recipe, {"train.objective": "dpo", **settings})
     pairs = encode_pairs(ROWS, AutoTokenizer.from_pretrained(tiny), Encoding(64), warn=print)
     plain, base = (AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32) for _ in range(2))
-    model = attach_adapter(base, recipe.adapter, grad_checkpointing=recipe.train.grad_checkpointing)
+    model = attach_adapter(base, recipe.adapter, recompute=recipe.train.recompute)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     with torch.no_grad():
         for parameter in (p for p in model.parameters() if p.requires_grad):

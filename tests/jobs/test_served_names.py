@@ -45,7 +45,7 @@ def found_by_vllm(key: str, architecture: str) -> str:
 
 
 def keys_of(model: Any) -> list[str]:
-    return list(get_peft_model_state_dict(attach_adapter(model, AdapterSection(), grad_checkpointing=False)))
+    return list(get_peft_model_state_dict(attach_adapter(model, AdapterSection(), recompute="none")))
 
 
 @pytest.mark.parametrize("name", SERVED)

@@ -34,7 +34,7 @@ def kept_bytes(method: str, dtype: torch.dtype, targets: tuple[str, ...]) -> int
     if method == "nf4":
         four_bit(base, dtype)
     base.requires_grad_(False)
-    model = attach_adapter(base, AdapterSection(rank=RANK, targets=targets), grad_checkpointing=False)
+    model = attach_adapter(base, AdapterSection(rank=RANK, targets=targets), recompute="none")
 
     def autocast() -> Any:
         return nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype=dtype)

@@ -286,7 +286,7 @@ def packable() -> StepModel:
     model = tiny_sinks(vocab_size=120, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     model.set_attn_implementation(SINK_ATTENTION)
     section = AdapterSection(rank=4, alpha=8.0, targets=("q_proj", "k_proj", "v_proj", "o_proj"))
-    step_model = StepModel(attach_adapter(model, section, grad_checkpointing=True), "chunked", nullcontext)
+    step_model = StepModel(attach_adapter(model, section, recompute="all"), "chunked", nullcontext)
     stir(step_model)
     return step_model
 

@@ -68,16 +68,16 @@ def dense_shape() -> ModelShape:
     return replace(shape, groups=(replace(group, layer=layer),))
 
 
-FAST: list[dict[str, Any]] = [{"method": "lora", "seq_len": 1024, "grad_checkpointing": False}]
+FAST: list[dict[str, Any]] = [{"method": "lora", "seq_len": 1024, "recompute": "none"}]
 SLOW: list[dict[str, Any]] = [
     {"method": "qlora", "seq_len": 2048},
-    {"method": "qlora", "seq_len": 1024, "grad_checkpointing": False, "micro_batch": 2},
-    {"method": "lora", "seq_len": 96, "micro_batch": 8, "grad_checkpointing": False},
-    {"method": "lora", "seq_len": 1024, "dtype": "fp16", "grad_checkpointing": False},
+    {"method": "qlora", "seq_len": 1024, "recompute": "none", "micro_batch": 2},
+    {"method": "lora", "seq_len": 96, "micro_batch": 8, "recompute": "none"},
+    {"method": "lora", "seq_len": 1024, "dtype": "fp16", "recompute": "none"},
     {"method": "qlora", "seq_len": 2048, "dtype": "fp16"},
-    {"method": "lora", "seq_len": 1024, "dtype": "fp32", "grad_checkpointing": False},
+    {"method": "lora", "seq_len": 1024, "dtype": "fp32", "recompute": "none"},
     {"method": "lora", "seq_len": 1024, "attention": "eager"},
-    {"method": "lora", "seq_len": 512, "attention": "eager", "micro_batch": 2, "grad_checkpointing": False},
+    {"method": "lora", "seq_len": 512, "attention": "eager", "micro_batch": 2, "recompute": "none"},
 ]
 
 

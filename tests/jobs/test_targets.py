@@ -18,7 +18,7 @@ from tests.jobs.conftest import Train, history_of
 def adapted(tiny: Path, **section: object) -> dict[str, tuple[int, float]]:
     """Rank and scaling of every adapted module."""
     base = AutoModelForCausalLM.from_pretrained(tiny)
-    return seen(attach_adapter(base, AdapterSection(rank=4, alpha=8.0, **section), grad_checkpointing=False))  # type: ignore[arg-type]
+    return seen(attach_adapter(base, AdapterSection(rank=4, alpha=8.0, **section), recompute="none"))  # type: ignore[arg-type]
 
 
 def seen(model: PeftModel) -> dict[str, tuple[int, float]]:
@@ -53,7 +53,7 @@ def test_of_two_names_that_fit_a_module_the_first_counts_also_once_it_is_saved(t
         rank_pattern=(("layers.1.mlp.down_proj", 16), ("down_proj", 2)),
         alpha_pattern=(("layers.0.mlp.up_proj", 32.0), ("(down|up)_proj", 2.0)),
     )
-    model = attach_adapter(base, section, grad_checkpointing=False)
+    model = attach_adapter(base, section, recompute="none")
     model.save_pretrained(str(tmp_path))
     again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), str(tmp_path))
 

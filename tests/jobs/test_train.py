@@ -66,7 +66,7 @@ def test_equals_a_plain_loop_of_peft_and_torch(train: Train, recipe: Recipe, tin
     ("path", "value"),
     [
         ("train.loss", "full"),
-        ("train.grad_checkpointing", True),
+        ("train.recompute", "all"),
         ("train.attention", "eager"),
         ("train.packing", "on"),
         ("train.packing", "auto"),

@@ -52,7 +52,7 @@ def test_masters_are_fp32_and_the_stream_stays_as_it_is(tiny: Path, method: str)
     if method == "qlora":
         four_bit(base, torch.bfloat16)
     section = AdapterSection(rank=4, modules_to_save=("embed_tokens", "lm_head"))
-    model = attach_adapter(base, section, grad_checkpointing=True)
+    model = attach_adapter(base, section, recompute="all")
     wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
     assert len(wrappers) == 2
     for wrapper in wrappers:
@@ -87,7 +87,7 @@ def test_names_that_mean_nothing_are_refused(tiny: Path, name: str, words: str) 
     base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16)
     four_bit(base, torch.bfloat16)
     with pytest.raises(JobFailed) as caught:
-        attach_adapter(base, AdapterSection(modules_to_save=(name,)), grad_checkpointing=False)
+        attach_adapter(base, AdapterSection(modules_to_save=(name,)), recompute="none")
     assert words in str(caught.value)
 
 

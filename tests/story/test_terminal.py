@@ -40,7 +40,7 @@ def long_recipe(tmp_path: Path) -> Path:
         "train.seq_len": 64,
         "train.steps": 1_000_000,
         "train.learning_rate": 1e-4,
-        "train.grad_checkpointing": False,
+        "train.recompute": "none",
         "eval.rows": 4,
         "eval.every": 200,
         "eval.samples": 1,

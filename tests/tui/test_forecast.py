@@ -114,8 +114,8 @@ def test_fixes_save_what_they_say_and_the_gentlest_that_fits_is_taken() -> None:
     for fix in fixes:
         after = forecaster.outlook(with_settings(LARGE, fix.settings))
         assert before.estimate.device.expected - after.estimate.device.expected == fix.saved_bytes > 0
-    checkpointing = forecaster.single_fixes(LARGE.with_("train.grad_checkpointing", False))
-    slower = next(fix for fix in checkpointing if fix.words == "checkpointing on")
+    checkpointing = forecaster.single_fixes(LARGE.with_("train.recompute", "none"))
+    slower = next(fix for fix in checkpointing if "computed again" in fix.words)
     assert slower.price.startswith("step x1.")
     first = forecaster.fix_that_fits(LARGE)
     assert first is not None
@@ -131,7 +131,7 @@ def test_fixes_save_what_they_say_and_the_gentlest_that_fits_is_taken() -> None:
 
 def test_several_fixes_together_where_none_is_enough() -> None:
     forecaster = on(card_of("RTX 4070"))
-    recipe = LARGE.with_("train.grad_checkpointing", False).with_("train.seq_len", 4096)
+    recipe = LARGE.with_("train.recompute", "none").with_("train.seq_len", 4096)
     assert all(fix.verdict != "fits" for fix in forecaster.single_fixes(recipe))
     first = forecaster.fix_that_fits(recipe)
     assert first is not None

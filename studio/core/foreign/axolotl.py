@@ -32,7 +32,7 @@ _DEFAULTS = {
     "train.epochs": 1.0,
     "train.schedule": "cosine",
     "train.warmup_fraction": 0.03,
-    "train.grad_checkpointing": False,
+    "train.recompute": "none",
     "train.group_by_length": False,
     "train.seed": 42,
     "train.seq_len": 512,

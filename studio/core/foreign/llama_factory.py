@@ -32,7 +32,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "train.epochs": 3.0,
     "train.schedule": "linear",
     "train.warmup_fraction": 0.0,
-    "train.grad_checkpointing": True,
+    "train.recompute": "all",
     "train.group_by_length": False,
     "train.checkpoint_every": 500,
     "train.seq_len": 2048,

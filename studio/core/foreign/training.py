@@ -218,11 +218,11 @@ def _schedule(carrier: Carrier) -> None:
 def _checkpointing(carrier: Carrier) -> None:
     for name in ("gradient_checkpointing", "use_gradient_checkpointing", "activation_checkpointing"):
         if (given := carrier.take(name)) is not None and not isinstance(given.value, Unread):
-            carrier.put("train.grad_checkpointing", as_switch(given.value) is not False, given)
+            carrier.put("train.recompute", "none" if as_switch(given.value) is False else "all", given)
             if given.value in ("unsloth", "offload", "offload_disk"):
                 carrier.put("train.offload_checkpoints", True, given)
     if (given := carrier.take("disable_gradient_checkpointing")) is not None:
-        carrier.put("train.grad_checkpointing", as_switch(given.value) is not True, given)
+        carrier.put("train.recompute", "none" if as_switch(given.value) is True else "all", given)
     if (given := carrier.take("activation_offloading")) and as_switch(given.value) is not False:
         carrier.put("train.offload_checkpoints", True, given)
 

@@ -23,7 +23,7 @@ OF_TRAINER: Mapping[str, Any] = {
     "train.warmup_fraction": 0.0,
     "train.learning_rate": 5e-5,
     "train.checkpoint_every": 500,
-    "train.grad_checkpointing": False,
+    "train.recompute": "none",
     "train.group_by_length": False,
     "train.seed": 42,
 }
@@ -31,7 +31,7 @@ OF_TRAINER: Mapping[str, Any] = {
 OF_TRL: Mapping[str, Any] = {
     **OF_TRAINER,
     "train.learning_rate": 2e-5,
-    "train.grad_checkpointing": True,
+    "train.recompute": "all",
     "train.seq_len": 1024,
 }
 OF_PAIRS: Mapping[str, Any] = {**OF_TRL, "train.learning_rate": 1e-6, "train.beta": 0.1}

@@ -49,7 +49,7 @@ def stock_loop(shape: ModelShape, kind: StockSetup, kernel: Kernel) -> Loop:
     traits = _traits(shape, kind, kernel)
     # foak casts the adapters within its own functions, so that autocast caches no copy of them.
     cast_within = kind.fused_kernels == "foak" and kind.quantised
-    wants_gradient = kind.grad_checkpointing or kind.adapted.trains_embedding
+    wants_gradient = kind.recomputes or kind.adapted.trains_embedding
     return Loop(
         kind=kind,
         traits=traits,
@@ -59,7 +59,7 @@ def stock_loop(shape: ModelShape, kind: StockSetup, kernel: Kernel) -> Loop:
         whole_itemsize=kind.residual_itemsize,
         load_extra=_load_extra(shape, kind),
         copies_whole=False,
-        caches_copies=kind.autocast and kind.compute_itemsize != 4 and kind.grad_checkpointing and not cast_within,
+        caches_copies=kind.autocast and kind.compute_itemsize != 4 and kind.recomputes and not cast_within,
         shared_per_token=_shared_per_token(shape, kind, traits),
         cache_per_token=_cache_per_token(shape, kind),
         held_per_token=_held_per_token(shape, kind),
@@ -114,11 +114,11 @@ def _shared_per_token(shape: ModelShape, kind: StockSetup, traits: StockTraits) 
     # Embeddings that went back to 16 bit make the first layer's input narrower than all others, and so does a stream
     # that widens on its way through the layers, where no norm of the embedding has widened it before.
     narrower = kind.residual_itemsize - kind.embedding_itemsize
-    widens = kind.grad_checkpointing * (traits.arithmetic.residual - kind.residual_itemsize)
+    widens = kind.recomputes * (traits.arithmetic.residual - kind.residual_itemsize)
     narrower += 0 if shape.embedding_norm else widens
     # An embedding's output that asks for a gradient lives until it has one; where the model alters it first, it is not
     # what the first checkpoint keeps.
-    wants = kind.grad_checkpointing
+    wants = kind.recomputes
     leaf = kind.embedding_itemsize * shape.hidden * (wants and shape.alters_embedding)
     # What a dropout and a norm of it save for that gradient: a mask, and the fp32 copy that autocast makes.
     mask = (1 if kind.device == "cuda" else kind.residual_itemsize) * (wants and shape.embedding_dropout)
@@ -133,7 +133,7 @@ def _cache_per_token(shape: ModelShape, kind: StockSetup) -> int:
     c_attn gave (modeling_gpt_bigcode.py of transformers 4.45.2; 5 turns it off for every model).
     """
     old = version_of(kind.transformers or COPIES_LOGITS) < REENTRANT_BELOW
-    if shape.family != "gpt_bigcode" or not kind.grad_checkpointing or not old:
+    if shape.family != "gpt_bigcode" or not kind.recomputes or not old:
         return 0
     wide = 4 if kind.quantised and kind.autocast else kind.residual_itemsize
     return wide * sum(group.count * linear.outputs for group in shape.groups for linear in group.layer.qkv)

@@ -112,7 +112,7 @@ class _Training:
             return layers[passed]
 
         kinds = shape.kinds
-        wants, again = loop.input_wants_gradient, setup.grad_checkpointing
+        wants, again = loop.input_wants_gradient, setup.recomputes
         self._layers = [
             layer(layer_pass(shape, loop.traits, kind, again, wants or place > 0)) for place, kind in enumerate(kinds)
         ]
@@ -157,7 +157,7 @@ class _Training:
         events, source = head.forward, ~0
         normed = events.index(source) if source in events else 0
         self._play(sizes, events[:normed], blocks)
-        if not self._setup.grad_checkpointing:
+        if not self._setup.recomputes:
             # The model holds its input and the mask until its last norm is done; checkpoints hold both longer, and so
             # does a first layer without a norm in front (Olmo 2 and 3), whose adapters save the input itself.
             saved = alive[0].get(self._layers[0].passed.source) is embedded

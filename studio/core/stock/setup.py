@@ -121,10 +121,12 @@ def stock_setup(
         gpu: The card, where known.
 
     Raises:
-        BadInput: `transformers` is no version, or the objective is not priced.
+        BadInput: `transformers` is no version, or the objective or a part of the layers recomputed is not priced.
     """
     if setup.paired:
         raise BadInput(f"--engine hf prices supervised training alone; found train.objective {setup.objective}")
+    if isinstance(setup.recompute, int):
+        raise BadInput(f"--engine hf checkpoints all layers or none; found train.recompute {setup.recompute}")
     quantised = setup.method == "qlora"
     plain_loop = setup.dtype == "fp16" and (gpu is None or not gpu.bf16)
     wanted_autocast = quantised and not plain_loop if autocast is None else autocast

@@ -54,33 +54,31 @@ class LayerPass:
 
 
 @lru_cache(maxsize=64)
-def layer_pass(
-    shape: ModelShape, traits: LayerTraits, index: int, grad_checkpointing: bool, wants_gradient: bool
-) -> LayerPass:
+def layer_pass(shape: ModelShape, traits: LayerTraits, index: int, again: bool, wants_gradient: bool) -> LayerPass:
     """Run one layer, forward and backward.
 
     Args:
         shape: The model.
         traits: How a layer is computed.
         index: Which of `shape.groups`: one group for each kind of layer.
-        grad_checkpointing: Whether only the layer's input is kept, and the layer is computed again in the backward.
+        again: Whether only the layer's input is kept, and the layer is computed again in the backward.
         wants_gradient: Whether the layer's input wants a gradient.
     """
-    tape, source = Tape(records=not grad_checkpointing), list[Tensor]()
-    run = traits.modules(tape, shape, checkpointed=grad_checkpointing)
+    tape, source = Tape(records=not again), list[Tensor]()
+    run = traits.modules(tape, shape, checkpointed=again)
     node = tape.node() if wants_gradient else None
     if node is not None:
         node.keeps = source
     x = tape.given(Polynomial(per_token=shape.stream), traits.arithmetic.residual, node)
-    if grad_checkpointing:
+    if again:
         tape.hold(x)
     result = decoder_layer(run, shape.groups[index].layer, x)
     tape.hold(result)
     forward = tape.take(result.node)
     kept = tape.alive.minus(result.bytes)
-    output = x if grad_checkpointing else result
+    output = x if again else result
     gradient = tape.given(output.elements, output.itemsize)
-    if grad_checkpointing:
+    if again:
         backward = _computed_again(run, shape.groups[index].layer, x, gradient)
     else:
         assert result.node is not None  # noqa: S101  adapters want gradients

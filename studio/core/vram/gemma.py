@@ -5,6 +5,7 @@ Each layer has an input of its own, and Gemma 3n predicts and corrects several r
 Sources: modeling_gemma3n.py and modeling_gemma4.py, transformers 5.24.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from studio.core.layer_parts import Linear
@@ -61,8 +62,10 @@ def around_streams(shape: ModelShape, targets: frozenset[str], narrow: int, wide
     return AroundStreams(before, behind)
 
 
-def left_behind_keys(shape: ModelShape, targets: frozenset[str], narrow: int, wide: int) -> list[Polynomial]:
-    """Return, for the last layer of each kind, what checkpointed layers that went backward before it left behind.
+def left_behind_keys(
+    shape: ModelShape, targets: frozenset[str], itemsizes: tuple[int, int], order: Sequence[int], again: Sequence[bool]
+) -> list[Polynomial]:
+    """Return, for the last layer of each way through a step, what checkpointed layers left behind in the backward.
 
     A layer that hands on its keys and values makes new ones when it is computed again. These keep alive what they were
     made of: the layer's input and the streams predicted from it. All of it stays until the step ends.
@@ -70,15 +73,18 @@ def left_behind_keys(shape: ModelShape, targets: frozenset[str], narrow: int, wi
     Args:
         shape: The model.
         targets: Names of the adapted linear maps.
-        narrow: Bytes per element of what products read.
-        wide: Bytes per element of the streams.
+        itemsizes: Bytes per element of what products read, and of the streams.
+        order: Of each layer the number of its way.
+        again: Of each way, whether its layers are checkpointed.
     """
-    left = [NOTHING] * len(shape.groups)
+    left, (narrow, wide) = [NOTHING] * len(again), itemsizes
     layers = [shape.groups[kind].layer for kind in shape.order]
     if not any(layer.streams > 1 and layer.keys_from == "before" for layer in layers):
         return left
     hands_on = {layer.window: index for index, layer in enumerate(layers) if layer.keys_from != "before"}
     for index in hands_on.values():
+        if not again[order[index]]:
+            continue
         layer = layers[index]
         of_streams = layer.streams * shape.hidden * (2 * wide + narrow)
         inputs = sum(linear.name in targets for linear in (_named(layer, "modality_router"), *layer.qkv[1:]))
@@ -86,12 +92,12 @@ def left_behind_keys(shape: ModelShape, targets: frozenset[str], narrow: int, wi
         # Gradients that later layers gave to the keys and values wait until this one goes backward.
         waiting = Polynomial(per_token=layer.heads.keys * layer.heads.width * (wide + narrow))
         size = Polynomial(per_token=of_streams + inputs * shape.hidden * narrow + of_heads)
-        for kind in range(len(left)):
-            last = len(layers) - 1 - shape.order[::-1].index(kind)
+        for way in (way for way, checkpointed in enumerate(again) if checkpointed):
+            last = len(layers) - 1 - order[::-1].index(way)
             if index > last:
-                left[kind] = left[kind].plus(size)
+                left[way] = left[way].plus(size)
             elif layers[last].keys_from != "before":
-                left[kind] = left[kind].plus(waiting)
+                left[way] = left[way].plus(waiting)
     return left
 
 

@@ -82,7 +82,7 @@ def own_loop(shape: ModelShape, kind: Setup, kernel: Kernel) -> Loop:
         loss = LigerLoss() if kind.loss == "liger" and not head_trained else ChunkedLoss(recomputed=head_trained)
     # Where the residual stream widens in the layers, the first layer's input is narrower than all others; a norm of the
     # embedding would have widened it before.
-    widens = kind.grad_checkpointing * (traits.arithmetic.residual - kind.residual_itemsize)
+    widens = kind.recomputes * (traits.arithmetic.residual - kind.residual_itemsize)
     around = around_streams(shape, traits.adapter.targets, kind.residual_itemsize, traits.arithmetic.residual)
     return Loop(
         kind=kind,
@@ -94,7 +94,7 @@ def own_loop(shape: ModelShape, kind: Setup, kernel: Kernel) -> Loop:
         # Our loop needs a transformers that quantises one weight after another (core_model_loading.py, 5.5 and later).
         load_extra=_load_extra(shape, kind),
         copies_whole=kind.compute_itemsize != 4,
-        caches_copies=kind.autocast and kind.grad_checkpointing,
+        caches_copies=kind.autocast and kind.recomputes,
         shared_per_token=IDS_LABELS_MASK_BYTES
         - (0 if shape.embedding_norm else widens) * shape.hidden
         + (shape.per_layer_width + shape.stored_heads_width) * kind.residual_itemsize

@@ -3,6 +3,7 @@
 Which polynomials describe it is worked out once for a model and a way to compute it; then only numbers are put in.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -26,6 +27,7 @@ class LayerMarks:
 
     Attributes:
         kept: What all layers keep from their forward until their backward.
+        whole: What of it the layers keep that are not computed again.
         checkpoint: What the first layer keeps.
         forward: Marks of any layer's forward, beside what it and others keep.
         blocks: The same without negative terms, so that it never falls when a batch, a length or a rank grows.
@@ -36,6 +38,7 @@ class LayerMarks:
     """
 
     kept: Polynomial
+    whole: Polynomial
     checkpoint: Polynomial
     forward: tuple[Polynomial, ...]
     blocks: tuple[Polynomial, ...]
@@ -45,41 +48,45 @@ class LayerMarks:
 
 
 @lru_cache(maxsize=256)
-def layer_marks(
-    shape: ModelShape, traits: LayerTraits, grad_checkpointing: bool, input_wants_gradient: bool
-) -> LayerMarks:
+def layer_marks(shape: ModelShape, traits: LayerTraits, recomputed: int, input_wants_gradient: bool) -> LayerMarks:
     """Return the marks of all layers; cached, since sliders of batch, length and rank do not change them.
 
     Args:
         shape: The model.
         traits: How a layer is computed.
-        grad_checkpointing: Whether layers are computed again in the backward.
+        recomputed: How many layers, from the first that goes backward, are computed again there. When they are, the
+            others have let go of their activations; the last layers would make theirs again beside all others.
         input_wants_gradient: Whether the embeddings' output asks for a gradient.
     """
-    passes = [layer_pass(shape, traits, kind, grad_checkpointing, True) for kind in range(len(shape.groups))]
-    kept = [one.kept for one in passes]
-    # While a layer works, those after the last of its kind keep nothing yet, or nothing any more.
-    free = [own.plus(later) for own, later in zip(kept, _kept_later(shape, kept), strict=True)]
-    ahead = [uncovered(one.forward_marks()) for one in passes]
-    back = [uncovered(one.backward_marks()) for one in passes]
-    formats, left = traits.arithmetic, [NOTHING] * len(passes)
-    if grad_checkpointing:
-        left = left_behind_keys(shape, traits.adapter.targets, formats.compute, formats.residual)
-    forward = uncovered(mark.minus(own) for marks_, own in zip(ahead, free, strict=True) for mark in marks_)
     # The backward ends at the first layer with an adapter; those before it keep nothing.
     lead = 0 if input_wants_gradient else first_adapted(shape, traits)
-    number = shape.kinds[lead]
-    spared, first = total(kept[kind] for kind in shape.kinds[:lead]), back[number]
-    if not input_wants_gradient and grad_checkpointing:
-        first = uncovered(recomputed_marks(shape, traits, number))
+    ways, row = _ways(shape, lead + recomputed if recomputed else 0)
+    passes = [layer_pass(shape, traits, kind, again, True) for kind, again in ways]
+    kept = [one.kept for one in passes]
+    # While a layer works, those after the last of its kind keep nothing yet, or nothing any more.
+    free = [own.plus(later) for own, later in zip(kept, _kept_later(row, kept), strict=True)]
+    ahead = [uncovered(one.forward_marks()) for one in passes]
+    back = [uncovered(one.backward_marks()) for one in passes]
+    formats, targets = traits.arithmetic, traits.adapter.targets
+    left = left_behind_keys(shape, targets, (formats.compute, formats.residual), row, [again for _, again in ways])
+    forward = uncovered(mark.minus(own) for marks_, own in zip(ahead, free, strict=True) for mark in marks_)
+    order = row or shape.kinds
+    number = order[lead]
+    spared, first = total(kept[way] for way in order[:lead]), back[number]
+    if not input_wants_gradient and recomputed:
+        first = uncovered(recomputed_marks(shape, traits, shape.kinds[lead]))
     elif not input_wants_gradient:
         # Embeddings want no gradient, so that the first layer saves nothing before its first adapter.
-        lone = layer_pass(shape, traits, number, grad_checkpointing, input_wants_gradient)
+        lone = layer_pass(shape, traits, number, False, input_wants_gradient)
         spared, first = spared.plus(kept[number].minus(lone.kept)), uncovered(lone.backward_marks())
     # Where only inputs are kept and nothing is dropped, an evaluation's forward is the training's.
-    as_trained = grad_checkpointing and not traits.adapter.dropout and kept[0] == passes[0].sizes[passes[0].source]
+    as_trained = (
+        all(again for _, again in ways) and not traits.adapter.dropout and kept[0] == passes[0].sizes[passes[0].source]
+    )
+    counts = Counter(order)
     return LayerMarks(
-        kept=total(own.times(group.count) for own, group in zip(kept, shape.groups, strict=True)).minus(spared),
+        kept=total(own.times(counts[way]) for way, own in enumerate(kept)).minus(spared),
+        whole=total(kept[way].times(counts[way]) for way, (_, again) in enumerate(ways) if not again and recomputed),
         checkpoint=kept[number],
         forward=forward,
         blocks=uncovered(mark.at_least_nothing() for mark in forward),
@@ -91,16 +98,32 @@ def layer_marks(
     )
 
 
-def _kept_later(shape: ModelShape, kept: list[Polynomial]) -> list[Polynomial]:
-    """Return what the layers after the last one of each kind keep; nothing where the order is not known."""
+def _ways(shape: ModelShape, edge: int) -> tuple[list[tuple[int, bool]], tuple[int, ...]]:
+    """Return the ways in which layers go through a step, and of each layer the number of its way.
+
+    A way is a kind of layer, and whether it is computed again. Where all are, or none is, ways are numbered as kinds
+    are, and the order is empty where kinds follow each other.
+
+    Args:
+        shape: The model.
+        edge: How many layers, from the first, are computed again.
+    """
+    if not 0 < edge < shape.layers:
+        return [(kind, edge > 0) for kind in range(len(shape.groups))], shape.order
+    each = [(kind, place < edge) for place, kind in enumerate(shape.kinds)]
+    ways = list(dict.fromkeys(each))
+    return ways, tuple(map(ways.index, each))
+
+
+def _kept_later(order: tuple[int, ...], kept: list[Polynomial]) -> list[Polynomial]:
+    """Return what the layers after the last one of each way keep; nothing where the order is empty."""
     later = [NOTHING] * len(kept)
-    if shape.order:
-        behind, seen = NOTHING, set[int]()
-        for kind in reversed(shape.order):
-            if kind not in seen:
-                seen.add(kind)
-                later[kind] = behind
-            behind = behind.plus(kept[kind])
+    behind, seen = NOTHING, set[int]()
+    for way in reversed(order):
+        if way not in seen:
+            seen.add(way)
+            later[way] = behind
+        behind = behind.plus(kept[way])
     return later
 
 
@@ -110,7 +133,7 @@ def _untouched(shape: ModelShape, traits: LayerTraits) -> LayerMarks:
     evaluation = uncovered(_evaluation_marks(shape, traits))
     forward = uncovered(mark.minus(source) for mark in evaluation)
     blocks = uncovered(mark.at_least_nothing() for mark in forward)
-    return LayerMarks(source, source, forward, blocks, (), (), evaluation)
+    return LayerMarks(source, NOTHING, source, forward, blocks, (), (), evaluation)
 
 
 def _evaluated(shape: ModelShape, traits: LayerTraits) -> tuple[Polynomial, ...]:
@@ -136,9 +159,9 @@ class MicroBatch:
 
     @lru_cache(maxsize=256)  # noqa: B019  micro-batches are cached too
     def of_rank(self, rank: int) -> Heights:
-        """Return the marks for a rank: seven sets of the layers, three of the head."""
+        """Return the marks for a rank: eight sets of the layers, three of the head."""
         layers, head = self.layers, self.head
-        sets = [(layers.kept,), (layers.checkpoint,), layers.forward, layers.blocks]
+        sets = [(layers.kept,), (layers.whole,), (layers.checkpoint,), layers.forward, layers.blocks]
         sets += [layers.backward, layers.first_backward, layers.evaluation]
         return heights([*sets, head.forward, head.backward, head.evaluation], rank)
 
@@ -149,7 +172,7 @@ def micro_batch(shape: ModelShape, loop: Loop) -> MicroBatch:
     traits = loop.traits
     if not trains_layers(shape, loop):
         return MicroBatch(_untouched(shape, traits), head_marks(shape, traits, loop.loss, False))
-    layers = layer_marks(shape, traits, loop.kind.grad_checkpointing, loop.input_wants_gradient)
+    layers = layer_marks(shape, traits, loop.kind.recomputed_of(shape.layers), loop.input_wants_gradient)
     return MicroBatch(layers, head_marks(shape, traits, loop.loss))
 
 
@@ -159,6 +182,7 @@ class Activations(NamedTuple):
     Attributes:
         kept: From the forward until the loss, logits left out.
         kept_backward: The same while the backward runs; more where the next checkpoint comes back from the host early.
+        whole: What of it layers keep that are not computed again, while others are; 0 where none is.
         host: What waits in host memory meanwhile.
         layer_forward: What one layer's forward needs beside that.
         layer_blocks: What of it is allocated and freed again.
@@ -173,6 +197,7 @@ class Activations(NamedTuple):
 
     kept: float
     kept_backward: float
+    whole: float
     host: int
     layer_forward: float
     layer_blocks: float
@@ -199,16 +224,17 @@ def activations_of(shape: ModelShape, setup: Setup, loop: Loop, copies: int) -> 
     kind, tokens, squares = loop.kind, setup.tokens, setup.squares
     batch = micro_batch(shape, at_length(loop, shape, setup.seq_len))
     found = batch.of_rank(rank).at(tokens, squares)
-    kept, checkpoint, forward, blocks, backward, first_backward, evaluation = found[:7]
-    loss, loss_backward, head_evaluation = found[7:]
+    kept, whole, checkpoint, forward, blocks, backward, first_backward, evaluation = found[:8]
+    loss, loss_backward, head_evaluation = found[8:]
     ahead, back = _chunk(shape, loop, batch.head, (tokens, squares, rank))
     shared = loop.shared_per_token * tokens + 2 * shape.head_dim * kind.residual_itemsize * setup.seq_len  # cos and sin
     shared += mask_count(shape, setup, loop.traits.kernel) * loop.mask_itemsize * squares
-    waits = kind.offload_checkpoints and kind.grad_checkpointing and kind.device == "cuda"
+    waits = kind.offload_checkpoints and kind.recomputes and kind.device == "cuda"
     return Activations(
-        kept=shared + loop.cache_per_token * tokens + (checkpoint if waits else kept),
-        kept_backward=shared + (min(kept, 2 * checkpoint) if waits else kept),
-        host=int(max(0.0, kept - checkpoint)) if waits else 0,
+        kept=shared + loop.cache_per_token * tokens + (whole + checkpoint if waits else kept),
+        kept_backward=shared + (whole + min(kept - whole, 2 * checkpoint) if waits else kept),
+        whole=whole,
+        host=int(max(0.0, kept - whole - checkpoint)) if waits else 0,
         layer_forward=forward,
         layer_blocks=blocks,
         layer_backward=backward,

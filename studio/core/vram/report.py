@@ -141,5 +141,11 @@ def plan_to_dict(
 
 
 def _setup_to_dict(setup: Setup) -> dict[str, Any]:
-    said = {**_NOT_OURS, "engine": setup.engine, "autocast": setup.autocast, **asdict(setup)}
+    said = {
+        **_NOT_OURS,
+        "engine": setup.engine,
+        "autocast": setup.autocast,
+        "grad_checkpointing": setup.recomputes,
+        **asdict(setup),
+    }
     return {key: list(value) if isinstance(value, tuple) else value for key, value in said.items()}

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 from studio.core.gpu_catalogue import Gpu, sixteen_bit
 from studio.core.preferences import takes_pairs
 from studio.core.quantised_base import QuantisedBase
-from studio.core.recipe import FIELDS, Attention, Loss, Method, Objective, Optimizer, Recipe
+from studio.core.recipe import FIELDS, Attention, Loss, Method, Objective, Optimizer, Recipe, Recompute
 from studio.core.trainable import AdaptedPart
 from studio.core.value_kinds import ALL_LINEAR
 
@@ -34,7 +34,8 @@ class Setup:
         seq_len: Tokens per sequence; every one is taken to be full.
         accumulation: Micro-batches per optimizer step; above 1 gradients are alive while the next one runs.
         optimizer: Which AdamW.
-        grad_checkpointing: Whether layers are computed again in the backward.
+        recompute: Which layers are computed again in the backward: all, none, or so many from the first that has an
+            adapter. `auto` counts as all until `studio.core.placement.recompute` has made it a number.
         attention: Fused kernels or S x S matrices.
         loss: Whole logits, or a head taken in chunks (by this program's loop or by liger's kernel).
         offload_checkpoints: Whether the layers' inputs wait for the backward in host memory.
@@ -61,7 +62,7 @@ class Setup:
     seq_len: int = 1024
     accumulation: int = 1
     optimizer: Optimizer = "adamw_torch"
-    grad_checkpointing: bool = True
+    recompute: Recompute = "all"
     attention: Attention = "sdpa"
     loss: Loss = "chunked"
     offload_checkpoints: bool = False
@@ -133,6 +134,17 @@ class Setup:
     def compute_itemsize(self) -> int:
         """Bytes per element of matrix products."""
         return ITEMSIZES[self.dtype]
+
+    @cached_property
+    def recomputes(self) -> bool:
+        """Whether any layer is computed again in the backward, from the input that it kept (a checkpoint)."""
+        return self.recompute != "none"
+
+    def recomputed_of(self, layers: int) -> int:
+        """Return how many of so many layers are computed again."""
+        if isinstance(self.recompute, int):
+            return min(self.recompute, layers)
+        return layers if self.recomputes else 0
 
     @property
     def autocast(self) -> bool:

@@ -88,7 +88,7 @@ class Stages(NamedTuple):
         workspace: cuBLAS workspaces.
         lasting_gradients: Bytes of gradients that are alive all the time (accumulation, several GPUs).
         turnover: What is allocated and freed again within a step, at its highest. That is everything that is not fixed,
-            except activations kept whole without checkpointing: those are allocated once and fragment nothing.
+            except activations of layers that are not computed again: those are allocated once and fragment nothing.
     """
 
     standing: Standing
@@ -151,7 +151,7 @@ def stages_with(stand: Standing, work: Activations, shape: ModelShape, setup: Se
     """
     fresh, lasting = _gradients(stand, setup)
     within = max(work.copies + work.layer_forward, work.loss, work.held + work.layer_backward)
-    within += work.kept_backward if setup.grad_checkpointing else 0
+    within += work.kept_backward - work.whole if setup.recomputes else 0
     turnover = max(within, fresh, work.held + fresh + stand.temporary) + lasting
     peaks = _peaks(shape, setup, stand, work, workspace)
     return Stages(stand, work, peaks, max(peaks[1:]), workspace, lasting, int(turnover))
@@ -185,7 +185,13 @@ def standing(shape: ModelShape, loop: Loop, part: AdaptedPart) -> Standing:
         paged=state.paged,
         spared=state.spared,
         temporary=trained.weights if loop.optimizer_copies else 0,
-        copies=kind.compute_itemsize * (trained.parameters - whole - trained.of_experts) * loop.caches_copies,
+        # Copies that layers keep for their backward are counted there.
+        copies=int(
+            kind.compute_itemsize
+            * (trained.parameters - whole - trained.of_experts)
+            * loop.caches_copies
+            * (kind.recomputed_of(shape.layers) / shape.layers)
+        ),
         load=base + max(loop.load_extra, trained.weights + copy),
         parameters=trained.parameters,
     )

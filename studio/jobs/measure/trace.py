@@ -122,7 +122,7 @@ def run_engine(
         if target.device_type == "cuda":
             stack.enter_context(card_habits(storages, target.capability))
         with storages.newborn("adapter"):
-            model = attach_adapter(base, recipe.adapter, grad_checkpointing=recipe.train.grad_checkpointing)
+            model = attach_adapter(base, recipe.adapter, recompute=recipe.train.recompute)
             if recipe.train.offload_checkpoints and target.device_type == "cuda":
                 offload_checkpoints(model, TracedCopies(storages))
         trained = [p for p in model.parameters() if p.requires_grad]

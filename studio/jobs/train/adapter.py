@@ -16,11 +16,12 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from studio.core.direct_weights import not_adapted
 from studio.core.errors import JobFailed
 from studio.core.experts import is_of_experts
-from studio.core.recipe import AdapterSection
+from studio.core.recipe import AdapterSection, Recompute
 from studio.core.text import plain
 from studio.core.value_kinds import ALL_LINEAR
 from studio.jobs.base.experts.forms import experts_in
@@ -37,7 +38,7 @@ AdapterWeights = dict[str, Tensor]
 """An adapter's tensors by their names in a PEFT file."""
 
 
-def attach_adapter(base: nn.Module, section: AdapterSection, *, grad_checkpointing: bool) -> PeftModel:
+def attach_adapter(base: nn.Module, section: AdapterSection, *, recompute: Recompute) -> PeftModel:
     """Return the base with trainable low-rank pairs A and B; they are fp32, whatever the base's number format is.
 
     Embeddings, head and norms keep the base's format (peft's `prepare_model_for_kbit_training` would make them fp32).
@@ -46,7 +47,7 @@ def attach_adapter(base: nn.Module, section: AdapterSection, *, grad_checkpointi
     Args:
         base: The loaded model, frozen. peft changes it in place.
         section: The recipe's `[adapter]`.
-        grad_checkpointing: Whether decoder layers keep only their input and are computed again in the backward pass.
+        recompute: Which decoder layers keep only their input and are computed again in the backward pass.
 
     Raises:
         JobFailed: `unknown_targets` when a module, layer or pattern that the recipe names is not in the model.
@@ -74,8 +75,10 @@ def attach_adapter(base: nn.Module, section: AdapterSection, *, grad_checkpointi
     check_patterns(model.get_base_model(), section)
     _spell_out_patterns(model)
     _widen_whole_modules(model)
-    if grad_checkpointing:
+    if recompute != "none":
         _checkpoint_layers(model.get_base_model())
+    if isinstance(recompute, int):
+        _checkpoint_first(model.get_base_model(), recompute)
     return model
 
 
@@ -102,6 +105,30 @@ def _checkpoint_layers(causal: Any) -> None:
     causal.disable_input_require_grads()
     # transformers would switch the cache off in each checkpointed layer, with a warning (modeling_layers.py).
     causal.config.use_cache = False
+
+
+def _checkpoint_first(causal: Any, count: int) -> None:
+    """Let only so many layers be computed again: the first ones that the backward reaches.
+
+    The backward reaches them last, when the layers behind them have let go of what they kept. The last layers would
+    make their activations a second time while all that the others keep is still there. A model whose own code
+    checkpoints all of its layers or none is left as it is.
+    """
+    layers = [module for module in causal.modules() if isinstance(module, GradientCheckpointingLayer)]
+    trained = [any(weight.requires_grad for weight in layer.parameters()) for layer in layers]
+    embedding = any(weight.requires_grad for weight in causal.get_input_embeddings().parameters())
+    first = 0 if embedding or True not in trained else trained.index(True)
+    for layer in layers[first + count :]:
+        layer.gradient_checkpointing = False
+
+
+def checkpointed(model: nn.Module) -> tuple[int, int]:
+    """Return how many decoder layers are computed again in the backward pass, and how many there are.
+
+    Where the model's own code decides, no layer is counted.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return sum(bool(layer.gradient_checkpointing) for layer in layers), len(layers)
 
 
 def adapter_weights(model: PeftModel) -> AdapterWeights:

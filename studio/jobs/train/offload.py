@@ -85,7 +85,7 @@ def offload_checkpoints(model: nn.Module, copies: Copies) -> int:
     count = 0
     for module in model.modules():
         run: Any = getattr(module, "_gradient_checkpointing_func", None)
-        if run is not None:
+        if run is not None and getattr(module, "gradient_checkpointing", False):
             module._gradient_checkpointing_func = offload.around(run)  # type: ignore[assignment]
             count += 1
     return count

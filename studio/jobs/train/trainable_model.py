@@ -36,7 +36,7 @@ from studio.jobs.base.precision import Precision
 from studio.jobs.base.progress import PhaseTeller
 from studio.jobs.base.weights.folder_weights import FolderWeights
 from studio.jobs.base.weights.tensor_files import TensorFiles
-from studio.jobs.train.adapter import AdapterWeights, adapter_weights, attach_adapter
+from studio.jobs.train.adapter import AdapterWeights, adapter_weights, attach_adapter, checkpointed
 from studio.jobs.train.checkpoint import load_initial
 from studio.jobs.train.offload import PinnedCopies, offload_checkpoints
 from studio.jobs.train.row_isolation import attends
@@ -111,8 +111,11 @@ def trainable_model(
         said = f"{held.four_bit_share:.0%} of the weights in this model's layers are in 4 bits"
         kept = f"{held.kept_16bit_bytes / 2**30:.2f} GiB are not, embedding and head among them"
         worker.emit(Warned, topic="precision", message=f"{said}; {kept}")
-    model = attach_adapter(frozen, recipe.adapter, grad_checkpointing=recipe.train.grad_checkpointing)
+    model = attach_adapter(frozen, recipe.adapter, recompute=recipe.train.recompute)
     check_names(model)
+    if isinstance(recipe.train.recompute, int):
+        again, layers = checkpointed(model)
+        tell("attaching the adapter", detail=f"{again} of {layers} layers are computed again on the way back")
     if recipe.train.offload_checkpoints:
         _offload(model, device, worker)
     if recipe.adapter.init == "pissa":

@@ -12,6 +12,7 @@ from textual.message import Message
 from textual.widget import AwaitMount, Widget
 from textual.widgets import Static
 
+from studio.core.layer_count import LayerCount
 from studio.core.preferences import advised_rate, rate_note, takes_pairs
 from studio.core.recipe import FIELDS, SECTIONS, Recipe, choices_of
 from studio.core.text import plain
@@ -254,8 +255,13 @@ class RecipeForm(VerticalScroll):
 
 def options_of(path: str) -> tuple[tuple[str, str], ...]:
     """Return the values and words that a field is chosen from; empty where it is no choice."""
-    if isinstance(FIELDS[path].kind, Switch):
+    kind = FIELDS[path].kind
+    if isinstance(kind, Switch):
         return ("off", "off"), ("on", "on")
+    if isinstance(kind, LayerCount):
+        # Ordered by how many layers: the words that stand for a number of their own at either end.
+        words = [word for word in kind.words if word != kind.none]
+        return tuple((word, word) for word in (kind.none, *map(str, kind.stops), *words))
     return tuple((value, SHOWN.get(value, value)) for value in choices_of(path))
 
 
