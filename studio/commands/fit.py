@@ -10,10 +10,9 @@ from studio.commands.terminal import DONE, NO, say, size, table, write_json
 from studio.core.errors import BadInput
 from studio.core.fit import Fit, Priced, fit
 from studio.core.gpu_catalogue import Gpu
-from studio.core.vram.estimate import estimate_vram
 from studio.core.vram.report import VramEstimate, plan_to_dict
 from studio.core.vram.setup import Setup, as_it_lies, setup_of
-from studio.probe.pace import calibrated, pace_of, pace_to_dict
+from studio.probe.pace import calibrated_estimate, pace_of, pace_to_dict
 from studio.probe.shape import find_shape
 from studio.runs.recipe_file import find_recipe, load_recipe
 
@@ -42,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         raise BadInput("no NVIDIA card answers on this machine: name one with --gpu NAME or --vram-gib X")
 
     def known(setup: Setup) -> VramEstimate:
-        return calibrated(estimate_vram(shape, setup, gpu), setup, gpu)
+        return calibrated_estimate(shape, setup, gpu)
 
     found = fit(recipe, shape, gpu, budget, known)
     setup = as_it_lies(replace(setup_of(found.fix.recipe, gpu), device="cuda"), shape.quantised)

@@ -15,8 +15,10 @@ from studio.commands.terminal import DONE, NO, duration, say, size, table, write
 from studio.core.errors import BadInput
 from studio.core.gpu_catalogue import Gpu
 from studio.core.measured import COMPONENTS, measured_plan
+from studio.core.placement.recompute import with_fewest
 from studio.core.recipe import Recipe
 from studio.core.recipe_parse import apply_settings
+from studio.core.shape import ModelShape
 from studio.core.text import plain
 from studio.core.trainable import check_adapted
 from studio.core.vram.estimate import estimate_vram
@@ -71,9 +73,13 @@ def run(args: argparse.Namespace) -> int:
         raise BadInput("measure traces this program's own step: leave --engine out, or use plan for the stock loop")
     recipe = _recipe(args)
     device = device_for(args, recipe)
-    setup = setup_of(recipe, device.gpu)
+    shape, budget = find_shape(recipe.model.base, recipe.model.revision), device.budget_bytes(recipe)
+    setup = with_fewest(
+        setup_of(recipe, device.gpu), shape.layers, budget, lambda tried: estimate_vram(shape, tried, device.gpu)
+    )
+    recipe = recipe.with_("train.recompute", setup.recompute)
     data_known = bool(args.recipe_word) or recipe.data.words != Recipe().data.words
-    plan = _plan(recipe, setup, device, data_known=data_known)
+    plan = _plan(recipe, shape, setup, device, data_known=data_known)
     request = _request(args, recipe, setup, device.gpu)
     paths = start(request, root_of(args), module=args.modules.get("measure"), plan=plan)
     say(f"run {paths.name} in {plain(str(paths.root), one_line=True)}", to=to)
@@ -89,13 +95,12 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     return resolve_paths(recipe, (Path.cwd(),))
 
 
-def _plan(recipe: Recipe, setup: Setup, device: PlanDevice, *, data_known: bool) -> dict[str, Any]:
+def _plan(recipe: Recipe, shape: ModelShape, setup: Setup, device: PlanDevice, *, data_known: bool) -> dict[str, Any]:
     """Return the estimate, or why there is none.
 
     Raises:
-        BadInput: The model is not there, or has no such targets.
+        BadInput: The model has no such targets.
     """
-    shape = find_shape(recipe.model.base, recipe.model.revision)
     check_adapted(shape, setup.adapted)
     estimate = estimate_vram(shape, setup, device.gpu)
     pace = pace_of(recipe, shape, setup, device.gpu, data_known=data_known)

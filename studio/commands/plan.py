@@ -13,6 +13,7 @@ from studio.commands.recipe_flags import add_recipe_flags, settings_of
 from studio.commands.terminal import DONE, NO, say, size, table, write_json
 from studio.core.errors import BadInput
 from studio.core.gpu_catalogue import Gpu, card_of_size, find_gpu
+from studio.core.placement.recompute import with_fewest
 from studio.core.preferences import rate_note
 from studio.core.recipe import Loss, Recipe, choices_of, number_of
 from studio.core.recipe_parse import apply_settings
@@ -101,7 +102,9 @@ def run(args: argparse.Namespace) -> int:
     shape = find_shape(args.model or recipe.model.base, "" if args.model else recipe.model.revision)
     device = device_for(args, recipe)
     budget = device.budget_bytes(recipe)
-    setup, estimate = _estimate(shape, _setup(args, recipe, device.gpu), device.gpu)
+    setup = _setup(args, recipe, device.gpu)
+    setup = with_fewest(setup, shape.layers, budget, lambda tried: _estimate(shape, tried, device.gpu)[1])
+    setup, estimate = _estimate(shape, setup, device.gpu)
     estimate = calibrated(estimate, setup, device.gpu)
     if setup.quantised and setup.quant_type == "int8":
         estimate = replace(estimate, notes=(*estimate.notes, _EIGHT_BIT))

@@ -97,7 +97,11 @@ def _named_after(folder: str) -> str:
 def _check_training(recipe: Recipe, progress: Progress) -> Checked[Recipe]:
     report = check_training(recipe, progress=progress)
     plan = plan_for(report.recipe, report.base, place=report.place)
-    return Checked(report.recipe, report.place, report.notes, plan)
+    recipe = report.recipe
+    if recipe.train.recompute == "auto":
+        # Of a model that cannot be sized all layers are computed again, which takes the least memory.
+        recipe = recipe.with_("train.recompute", plan.get("setup", {}).get("recompute", "all"))
+    return Checked(recipe, report.place, report.notes, plan)
 
 
 def _check_training_again(recipe: Recipe, paths: RunPaths) -> Place:

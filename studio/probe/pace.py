@@ -21,6 +21,7 @@ from studio.core.shape import ModelShape
 from studio.core.sources import drawn_rows
 from studio.core.step_work import step_work
 from studio.core.throughput import Duration, Speed, duration_of, qlora_slowdown, speed_of
+from studio.core.vram.estimate import estimate_vram
 from studio.core.vram.report import Range, VramEstimate
 from studio.core.vram.setup import Setup
 from studio.probe.setting import CPU, setting_of
@@ -104,6 +105,15 @@ def pace_of(recipe: Recipe, shape: ModelShape, setup: Setup, gpu: Gpu | None, *,
 def calibrated(estimate: VramEstimate, setup: Setup, gpu: Gpu | None) -> VramEstimate:
     """Return an estimate corrected by this machine's own runs on the card; unchanged without any."""
     return estimate if gpu is None else correct_estimate(estimate, observations_for(gpu, setup))
+
+
+def calibrated_estimate(shape: ModelShape, setup: Setup, gpu: Gpu | None) -> VramEstimate:
+    """Return what a set-up of our loop needs, corrected by this machine's own runs on the card.
+
+    Raises:
+        BadInput: A target does not exist in this model.
+    """
+    return calibrated(estimate_vram(shape, setup, gpu), setup, gpu)
 
 
 def process_of(estimate: VramEstimate, setup: Setup) -> Range | None:

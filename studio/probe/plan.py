@@ -5,15 +5,15 @@ from typing import Any
 
 from studio.core.errors import StudioError
 from studio.core.gpu_catalogue import GIB, Gpu, find_gpu
+from studio.core.placement.recompute import with_fewest
 from studio.core.recipe import Recipe
 from studio.core.text import plain
-from studio.core.vram.estimate import estimate_vram
 from studio.core.vram.report import plan_to_dict
 from studio.core.vram.setup import as_it_lies, setup_of
 from studio.probe.cards import Card
 from studio.probe.device import Place, place_of
 from studio.probe.models import BaseFound
-from studio.probe.pace import calibrated, pace_of, pace_to_dict
+from studio.probe.pace import calibrated_estimate, pace_of, pace_to_dict
 from studio.probe.setting import CARD_USED
 from studio.probe.shape import shape_of_base
 
@@ -70,8 +70,10 @@ def plan_for(recipe: Recipe, base: BaseFound, *, place: Place | None = None) -> 
         gpu, card = device.gpu, device.card
         setup = replace(setup_of(recipe, gpu), device="cuda" if card else "cpu")
         setup = as_it_lies(setup, shape.quantised)
-        estimate = calibrated(estimate_vram(shape, setup, gpu), setup, gpu)
-        plan = plan_to_dict(estimate, shape, setup, gpu=gpu, budget_bytes=device.budget_bytes(recipe))
+        budget = device.budget_bytes(recipe)
+        setup = with_fewest(setup, shape.layers, budget, lambda tried: calibrated_estimate(shape, tried, gpu))
+        estimate = calibrated_estimate(shape, setup, gpu)
+        plan = plan_to_dict(estimate, shape, setup, gpu=gpu, budget_bytes=budget)
         pace = pace_to_dict(pace_of(recipe, shape, setup, gpu))
         return {**plan, **pace, CARD_USED: card.used_bytes if card else None, "card": _named(card)}
     except StudioError as error:

@@ -10,6 +10,7 @@ from functools import lru_cache
 from studio.core.errors import BadInput
 from studio.core.fit import Fix, Search
 from studio.core.gpu_catalogue import Gpu
+from studio.core.placement.recompute import with_fewest
 from studio.core.recipe import Recipe
 from studio.core.shape import ModelShape
 from studio.core.trainable import check_adapted
@@ -73,7 +74,16 @@ class Forecaster:
         Raises:
             BadInput: Its targets or its rank do not suit the model.
         """
-        return Outlook(self._estimate(setup_of(recipe, self.device.gpu)), self.device.budget_bytes(recipe))
+        return Outlook(self._estimate(self.setup(recipe)), self.device.budget_bytes(recipe))
+
+    def setup(self, recipe: Recipe) -> Setup:
+        """Return how a recipe is trained here, with as many layers computed again as it will be.
+
+        Raises:
+            BadInput: The recipe cannot be estimated.
+        """
+        budget = self.device.budget_bytes(recipe)
+        return with_fewest(setup_of(recipe, self.device.gpu), self.shape.layers, budget, self._estimate)
 
     def largest_batch(self, recipe: Recipe) -> int | None:
         """Return the largest micro-batch that fits even at the high end of its estimate; None without a budget.
@@ -116,7 +126,8 @@ class Forecaster:
 
     def _search(self, recipe: Recipe) -> Search:
         def taken(candidate: Recipe) -> VramEstimate:
-            return self.outlook(candidate).estimate
+            # With auto the estimate is always as large as the budget; what a fix saves is told for all layers.
+            return self._estimate(setup_of(candidate, self.device.gpu))
 
         budget_bytes = self.device.budget_bytes(recipe) or 0
         return Search(self.shape, taken, budget_bytes, self.device.gpu, self.longest_tokens)

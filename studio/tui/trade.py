@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from studio.core.base_form import base_form
 from studio.core.evidence import seen_sign
 from studio.core.recipe import Method, Recipe
-from studio.core.vram.setup import setup_of
 from studio.probe.pace import Pace, pace_of
 from studio.probe.quality import audited
 from studio.runs.quality import LaneResult
@@ -72,8 +71,7 @@ def sides_of(recipe: Recipe, forecaster: Forecaster, *, batches: bool) -> dict[M
 
 
 def _pace(recipe: Recipe, forecaster: Forecaster) -> Pace:
-    gpu = forecaster.device.gpu
-    return pace_of(recipe, forecaster.shape, setup_of(recipe, gpu), gpu)
+    return pace_of(recipe, forecaster.shape, forecaster.setup(recipe), forecaster.device.gpu)
 
 
 def rows_of(sides: dict[Method, Side], *, waiting: bool) -> list[tuple[str, str, str]]:

@@ -56,6 +56,25 @@ def test_a_config_alone_is_enough(cli: Cli, llama: str) -> None:
     assert document["device_bytes"] < 9 * GIB
 
 
+def test_which_layers_are_computed_again(cli: Cli, llama: str) -> None:
+    words = ("plan", "--model", llama, "--method", "qlora", "--seq", "2048", "--batch", "4", "--gpu", "4090", "--json")
+    auto = cli(*words, "--recompute", "auto").document
+    assert 0 < auto["setup"]["recompute"] < 32
+    assert auto["fits"]
+    assert f"{auto['setup']['recompute']} of 32 layers are computed again" in " ".join(auto["notes"])
+    fewer = cli(*words, "--recompute", str(auto["setup"]["recompute"] - 1)).document
+    assert not fewer["fits"]
+    every, none = (cli(*words, flag).document for flag in ("--grad-checkpointing", "--no-grad-checkpointing"))
+    assert (every["setup"]["recompute"], none["setup"]["recompute"]) == ("all", "none")
+    assert (every["setup"]["grad_checkpointing"], none["setup"]["grad_checkpointing"]) == (True, False)
+    assert every["high_bytes"] < auto["high_bytes"] <= auto["budget_bytes"] < fewer["high_bytes"] < none["high_bytes"]
+    speeds = [plan["tokens_per_second"]["expected"] for plan in (every, auto, fewer, none)]
+    assert speeds == sorted(speeds)
+    outcome = cli(*words, "--engine", "hf", "--recompute", "8")
+    assert outcome.code == 2
+    assert "all layers or none" in outcome.err
+
+
 def test_exit_codes(cli: Cli, llama: str) -> None:
     words = ("plan", "--model", llama, "--method", "lora")
     assert cli(*words).code == 0, "no card: nothing to fit"

@@ -11,9 +11,14 @@ import pytest
 
 from studio.core.errors import BadInput, StudioError
 from studio.core.events import Started
+from studio.core.gpu_catalogue import GIB
 from studio.core.recipe import Recipe
 from studio.launch.start import prepare, resume, start
+from studio.probe.device import Place
+from studio.probe.models import find_base
+from studio.probe.plan import plan_for
 from studio.runs.control import requested
+from studio.runs.job import read_job
 from studio.runs.layout import RunPaths
 from studio.runs.requests import MergeRequest
 from tests.fakes.runs import MODULE, fake_environment, write_log
@@ -59,6 +64,20 @@ def test_starting_leaves_a_live_run_and_a_failure_to_start_leaves_nothing(data: 
     paths = start(recipe, root, module=MODULE, environment=fake_environment(steps=1), on_checked=seen.append)
     assert paths.name.startswith("mine-")
     assert len(seen) == 1
+
+
+def test_a_run_keeps_how_many_layers_are_computed_again(data: Path, tmp_path: Path) -> None:
+    recipe = Recipe().with_("data.path", str(data)).with_("device.device", "cpu")
+    base, place = find_base("embedded"), Place()
+    every, none = (plan_for(recipe.with_("train.recompute", word), base, place=place) for word in ("all", "none"))
+    between = (every["high_bytes"] + none["high_bytes"]) / 2 / GIB
+    recipe = recipe.with_("train.recompute", "auto").with_("device.budget_gib", between)
+    environment = fake_environment(steps=1)
+    paths = start(recipe, tmp_path / "runs", module=MODULE, environment=environment)
+    kept = read_job(paths, Recipe).train.recompute
+    assert isinstance(kept, int)
+    plan = json.loads(paths.plan.read_text())
+    assert (plan["setup"]["recompute"], plan["fits"]) == (kept, True)
 
 
 def test_who_interrupts_the_start_wants_no_run(data: Path, tmp_path: Path) -> None:

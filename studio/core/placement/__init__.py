@@ -1,1 +1,1 @@
-"""Where weights and activations are while a training runs: on the card, in main memory, or computed again."""
+"""Where the parts of a training lie, and which of its layers are computed again: chosen so that a card is filled."""

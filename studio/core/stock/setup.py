@@ -132,8 +132,9 @@ def stock_setup(
     wanted_autocast = quantised and not plain_loop if autocast is None else autocast
     if transformers:
         version_of(transformers)
+    same = {field.name: getattr(setup, field.name) for field in fields(Setup)}
     return StockSetup(
-        **{field.name: getattr(setup, field.name) for field in fields(Setup)},
+        **same | {"recompute": "all" if setup.recomputes else "none"},  # the Trainer knows no auto
         kbit_prepare=quantised if kbit_prepare is None else kbit_prepare and quantised,
         head_cast_back=head_cast_back and quantised and setup.compute_itemsize == 2,
         autocast=wanted_autocast and setup.dtype != "fp32",

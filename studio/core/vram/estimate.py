@@ -67,6 +67,8 @@ def estimate_vram(shape: ModelShape, setup: Setup, gpu: Gpu | None = None) -> Vr
         of_loop.append(f"train refuses this base: it is {why}")
     if setup.targets in (ALL_LINEAR, (ALL_LINEAR,)):
         of_loop += filter(None, (left_out(shape.family, (linear.name for _, linear in shape.all_linears())),))
+    if isinstance(setup.recompute, int) and setup.recompute < shape.layers:
+        of_loop.append(f"{setup.recompute} of {shape.layers} layers are computed again on the way back: the first ones")
     if setup.paired:
         of_loop.append(_OF_PAIRS[setup.objective])
     notes = notes_of(shape, setup, gpu, kernel, of_loop=of_loop)
