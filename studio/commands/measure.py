@@ -15,7 +15,7 @@ from studio.commands.terminal import DONE, NO, duration, say, size, table, write
 from studio.core.errors import BadInput
 from studio.core.gpu_catalogue import Gpu
 from studio.core.measured import COMPONENTS, measured_plan
-from studio.core.placement.recompute import with_fewest
+from studio.core.placement.auto import settled, with_fewest
 from studio.core.recipe import Recipe
 from studio.core.recipe_parse import apply_settings
 from studio.core.shape import ModelShape
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     setup = with_fewest(
         setup_of(recipe, device.gpu), shape.layers, budget, lambda tried: estimate_vram(shape, tried, device.gpu)
     )
-    recipe = recipe.with_("train.recompute", setup.recompute)
+    recipe = settled(recipe, setup)
     data_known = bool(args.recipe_word) or recipe.data.words != Recipe().data.words
     plan = _plan(recipe, shape, setup, device, data_known=data_known)
     request = _request(args, recipe, setup, device.gpu)

@@ -13,7 +13,7 @@ from studio.commands.recipe_flags import add_recipe_flags, settings_of
 from studio.commands.terminal import DONE, NO, say, size, table, write_json
 from studio.core.errors import BadInput
 from studio.core.gpu_catalogue import Gpu, card_of_size, find_gpu
-from studio.core.placement.recompute import with_fewest
+from studio.core.placement.auto import with_fewest
 from studio.core.preferences import rate_note
 from studio.core.recipe import Loss, Recipe, choices_of, number_of
 from studio.core.recipe_parse import apply_settings

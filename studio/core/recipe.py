@@ -38,6 +38,7 @@ Optimizer = Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adam
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 Loss = Literal["chunked", "full", "liger"]
 Recompute = Literal["all", "none", "auto"] | int
+Stream = Literal["off", "auto"] | int
 Packing = Literal["auto", "on", "off"]
 WeighBy = Literal["rows", "tokens"]
 Objective = Literal["sft", "dpo", "orpo"]
@@ -101,6 +102,16 @@ class ModelSection:
         Modules(),
         "Kept in 16 bit",
         "Modules that QLoRA does not quantise, such as model.layers.0; `audit base` finds those worth it.",
+    )
+    stream: Stream = declared(
+        "off",
+        LayerCount(("off", "auto"), none="off"),
+        "Streamed",
+        "Layers whose frozen weights wait in main memory and are copied to the card ahead of their use; auto as few as "
+        "make it fit. New, and not yet run on a card: each run first proves its gradients.",
+        cost="Main memory instead of card memory. Where the card computes faster than the copies come, it waits.",
+        flag="stream",
+        resume="free",
     )
     trust_remote_code: bool = declared(
         False,
@@ -730,6 +741,9 @@ def _between(recipe: Recipe) -> Iterator[Problem]:
         )
     if train.offload_checkpoints and train.recompute == "none":
         yield Problem("train.offload_checkpoints", "true without checkpoints", "train.recompute all or a number")
+    if train.compile and recipe.model.stream != "off":
+        # Compiled layers hold on to the weights that they were compiled with, and streamed ones get others at each use.
+        yield Problem("train.compile", "true with model.stream", "false, or model.stream off")
     if not recipe.data.answers_only:
         with_all = "with data.answers_only false, which learns every token"
         if recipe.data.learn != PARTS:

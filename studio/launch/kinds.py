@@ -98,9 +98,11 @@ def _check_training(recipe: Recipe, progress: Progress) -> Checked[Recipe]:
     report = check_training(recipe, progress=progress)
     plan = plan_for(report.recipe, report.base, place=report.place)
     recipe = report.recipe
-    if recipe.train.recompute == "auto":
-        # Of a model that cannot be sized all layers are computed again, which takes the least memory.
-        recipe = recipe.with_("train.recompute", plan.get("setup", {}).get("recompute", "all"))
+    # Of a model that cannot be sized all layers are computed again, which takes the least memory, and none is streamed.
+    said = {"recompute": "all", "stream": "off", **plan.get("setup", {})}
+    for path in ("train.recompute", "model.stream"):
+        if recipe.get(path) == "auto":
+            recipe = recipe.with_(path, said[path.rpartition(".")[2]])
     return Checked(recipe, report.place, report.notes, plan)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from studio.core.errors import StudioError
 from studio.core.gpu_catalogue import GIB, Gpu, find_gpu
-from studio.core.placement.recompute import with_fewest
+from studio.core.placement.auto import with_fewest
 from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.core.vram.report import plan_to_dict

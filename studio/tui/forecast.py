@@ -10,7 +10,7 @@ from functools import lru_cache
 from studio.core.errors import BadInput
 from studio.core.fit import Fix, Search
 from studio.core.gpu_catalogue import Gpu
-from studio.core.placement.recompute import with_fewest
+from studio.core.placement.auto import with_fewest
 from studio.core.recipe import Recipe
 from studio.core.shape import ModelShape
 from studio.core.trainable import check_adapted

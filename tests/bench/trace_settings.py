@@ -26,6 +26,16 @@ PHI_3_MINI = {
     "tie_word_embeddings": False,
     "pad_token_id": 32000,
 }
+QWEN_2_5_32B = {
+    "model_type": "qwen2",
+    "hidden_size": 5120,
+    "intermediate_size": 27648,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+    "vocab_size": 152064,
+    "tie_word_embeddings": False,
+}
 GEMMA_3_1B = {
     "model_type": "gemma3_text",
     "hidden_size": 1152,
@@ -79,6 +89,7 @@ OWN = {
     "Qwen3-30B-A3B": QWEN_3_30B_A3B,
     "Phi-3-mini-4k": PHI_3_MINI,
     "gemma-3-1b": GEMMA_3_1B,
+    "Qwen2.5-32B": QWEN_2_5_32B,
     "OLMo-2-1B": OLMO_2_1B,
     "stablelm-2-1_6b": STABLELM_2_1_6B,
 }
@@ -184,8 +195,21 @@ FULL_DEPTH: tuple[tuple[str, dict[str, Any]], ...] = (
     ("TinyLlama-1.1B", {"method": "lora", "seq_len": 2048, "micro_batch": 2, "loss": "full", "accumulation": 8}),
 )
 
+STREAMED: tuple[tuple[str, int | None, dict[str, Any]], ...] = (
+    ("Llama-3.2-1B", 4, {"method": "lora", "seq_len": 1024, "stream": 2, "recompute": "none"}),
+    ("Mistral-7B-v0.1", 4, {"method": "qlora", "seq_len": 1024, "stream": 3, "modules_to_save": "embed_tokens"}),
+    ("gemma-2-9b", 4, {"method": "qlora", "seq_len": 1024, "stream": 3, "skip_modules": "model.layers.3"}),
+    ("Qwen3-30B-A3B", 3, {"method": "qlora", "seq_len": 1024, "stream": 3, "targets": ("q_proj", "experts")}),
+    ("Llama-3.1-8B", None, {"method": "lora", "seq_len": 2048, "optimizer": "paged_adamw_8bit", "stream": 32}),
+    ("Llama-2-13b-hf", None, {"method": "lora", "seq_len": 2048, "optimizer": "paged_adamw_8bit", "stream": 40}),
+    ("Qwen2.5-32B", None, {"method": "lora", "seq_len": 2048, "optimizer": "paged_adamw_8bit", "stream": 64}),
+    ("Llama-3.1-70B", None, {"method": "qlora", "seq_len": 2048, "optimizer": "paged_adamw_8bit", "stream": 80}),
+    ("Llama-3.1-8B", None, {"method": "qlora", "seq_len": 512, "optimizer": "paged_adamw_8bit", "stream": 32}),
+)
+"""Streamed bases."""
+
 _SECTIONS = {
-    "model": {"dtype", "double_quant", "quant_type", "skip_modules"},
+    "model": {"dtype", "double_quant", "quant_type", "skip_modules", "stream"},
     "adapter": {"rank", "dropout", "targets", "layers", "rank_pattern", "rslora", "dora", "modules_to_save"},
     "train": {
         *("seq_len", "micro_batch", "accumulation", "optimizer", "recompute", "loss", "attention"),
@@ -207,6 +231,7 @@ def rows() -> Iterator[tuple[str, int | None, dict[str, Any]]]:
         yield model, SHALLOW[model], settings
     for model, settings in FULL_DEPTH:
         yield model, None, settings
+    yield from STREAMED
 
 
 def config_of(model: str, layers: int | None) -> dict[str, Any]:

@@ -1,13 +1,16 @@
-"""How many layers `train.recompute = "auto"` computes again: the fewest whose high end is within the budget."""
+"""What `auto` becomes: the fewest layers computed again, or streamed, whose high end is within the budget."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
 from studio.core.gpu_catalogue import find_gpu
-from studio.core.placement.recompute import with_fewest
+from studio.core.placement.auto import with_fewest
+from studio.core.placement.streaming import streamed_layers
+from studio.core.recipe import Method, Stream
 from studio.core.vram.estimate import estimate_vram
-from studio.core.vram.report import VramEstimate
+from studio.core.vram.report import VramEstimate, plan_to_dict
 from studio.core.vram.setup import Setup
 from tests.core.published_rows import shapes
 
@@ -44,3 +47,48 @@ def test_without_a_budget_or_with_another_wish() -> None:
     fixed = replace(AUTO, recompute=3)
     assert with_fewest(fixed, shape.layers, 0, estimate) is fixed
     assert estimate(AUTO).device == estimate(replace(AUTO, recompute="all")).device
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize(("model", "card"), [("Llama-2-13b-hf", "T4"), ("Llama-2-7b-hf", "4070"), ("Qwen2.5-7B", "T4")])
+def test_as_few_layers_are_streamed_as_the_card_forces(model: str, card: str, method: Method) -> None:
+    shape, gpu = shapes()[model], find_gpu(card)
+    auto = replace(AUTO, method=method, stream="auto", recompute="all")
+
+    def estimate(setup: Setup) -> VramEstimate:
+        return estimate_vram(shape, setup, gpu)
+
+    words: list[Stream] = ["off", *range(1, shape.layers + 1)]
+    highs = [estimate(replace(auto, stream=word)).device.high for word in words]
+    # The first streamed layer saves the embedding alone, and what segments of the allocator leave free is not smooth.
+    assert all(after <= before + 8 * 2**20 for before, after in pairwise(highs))
+    wanted = next((word for word, high in zip(words, highs, strict=True) if high <= gpu.total_bytes), shape.layers)
+    assert with_fewest(auto, shape.layers, gpu.total_bytes, estimate) == replace(auto, stream=wanted)
+    # Both at once: first streaming with all layers computed again, then as few of those as there is room for.
+    both = with_fewest(replace(auto, recompute="auto"), shape.layers, gpu.total_bytes, estimate)
+    assert both.stream == wanted
+    assert estimate(both).device.high <= gpu.total_bytes
+    assert with_fewest(auto, shape.layers, None, estimate).stream == "off"
+
+
+def test_streamed_layers_are_spread_over_the_model() -> None:
+    assert streamed_layers(0, 8) == ()
+    assert streamed_layers(4, 8) == (1, 3, 5, 7)
+    assert streamed_layers(3, 8) == (2, 5, 7)
+    for count in range(1, 9):
+        numbers = streamed_layers(count, 8)
+        gaps = [after - before for before, after in pairwise((-1, *numbers))]
+        assert len(numbers) == count
+        assert max(gaps) - min(gaps) <= 1, "each copy has as many layers to hide behind"
+    assert streamed_layers(99, 3) == (0, 1, 2)
+
+
+def test_main_memory_is_stated_and_the_card_is_spared_as_much() -> None:
+    shape = shapes()["Llama-3.1-8B"]
+    near, far = (estimate_vram(shape, replace(AUTO, recompute="all", stream=word)) for word in ("off", 32))
+    assert near.host.total == 0
+    layer = far.host.weights - shape.embedding_parameters * 2
+    assert near.components.base - far.components.base == far.host.weights - 2 * layer // 32
+    plan = plan_to_dict(far, shape, replace(AUTO, stream=32))
+    assert plan["host_bytes"] == plan["host_parts"]["weights"] == far.host.weights
+    assert plan["setup"]["stream"] == 32

@@ -161,6 +161,7 @@ ROWS: dict[str, Row] = {
     "model.quant_type": Row("fp4", "losses", FOUR_BIT),
     "model.double_quant": Row(False, "losses", FOUR_BIT),
     "model.skip_modules": Row(["model.layers.0"], "losses", FOUR_BIT),
+    "model.stream": Row(2, "warnings"),
     "model.trust_remote_code": Row(True, "loaded"),
     "adapter.rank": Row(8, "tensors"),
     "adapter.alpha": Row(16.0, "losses"),
@@ -372,6 +373,7 @@ PLANNED = {
     "model.dtype": "fp32",
     "model.double_quant": False,
     "model.skip_modules": ["model.layers.0"],
+    "model.stream": 2,
     "device.device": "cpu",
 }
 """Fields that the memory estimate counts."""

@@ -64,6 +64,8 @@ FAST = [
     {"method": "qlora", "train__recompute": "none", "adapter__targets": ("q_proj", "v_proj")},
 ]
 SLOW = [
+    {"method": "lora", "model__stream": 3, "train__recompute": "none"},
+    {"method": "qlora", "model__stream": 2},
     {"method": "qlora", "train__accumulation": 2, "train__optimizer": "adamw_8bit"},
     {"method": "qlora", "train__recompute": "none"},
     *(

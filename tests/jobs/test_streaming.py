@@ -1,7 +1,9 @@
 """A streamed base: the same losses and gradients, to the bit, as one that stands whole in memory."""
 
+import json
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
@@ -11,15 +13,27 @@ from bitsandbytes.functional import quantize_4bit
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from studio.core.recipe import AdapterSection
+from studio.core.errors import JobFailed
+from studio.core.gpu_catalogue import GIB
+from studio.core.recipe import AdapterSection, Recipe
+from studio.jobs.base.streaming.base import loading_behind, place_rest, stream, waiting_in
+from studio.jobs.base.streaming.four_bit import on_device
+from studio.jobs.base.streaming.host import WaitingMemory, check_room, most_locked
 from studio.jobs.base.streaming.layers import StreamedLayers
 from studio.jobs.base.streaming.ring import HostQueues
 from studio.jobs.base.weights.streamed import NotLent
 from studio.jobs.train.adapter import attach_adapter
 from studio.jobs.train.step_model import StepModel, evaluating
-from tests.fakes.tiny_model import tiny_config
+from studio.jobs.train.streamed_proof import prove_streaming
+from studio.runs.control import request, withdraw_all
+from studio.runs.history import History
+from tests.fakes.tiny_model import make_tiny_model, tiny_config
+from tests.jobs.conftest import Train, history_of
+from tests.jobs.test_experts import FAMILIES as EXPERTS
+from tests.jobs.test_experts import folder_of, loaded
 from tests.jobs.test_families import FAMILIES, batch, model_of
 from tests.jobs.test_packing import stir
+from tests.jobs.test_resume import at_step, weights
 
 
 class LateQueues(HostQueues):
@@ -88,7 +102,7 @@ def llama(*, method: str = "lora", checkpointing: bool = True, tied: bool = Fals
     if method == "qlora":
         model = four_bit(model)
     section = AdapterSection(rank=4, alpha=8.0, **adapter)
-    return attach_adapter(model.requires_grad_(False), section, grad_checkpointing=checkpointing)
+    return attach_adapter(model.requires_grad_(False), section, recompute="all" if checkpointing else "none")
 
 
 def four_bit(model: Any) -> Any:
@@ -172,3 +186,162 @@ def test_what_waits_is_counted_as_an_allocator_would() -> None:
     streamed = StreamedLayers(llama(), range(4), HostQueues())
     assert streamed.buffer_bytes == 4 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
     assert streamed.host_bytes == 4 * streamed.buffer_bytes
+
+
+def test_tokens_are_looked_up_in_main_memory() -> None:
+    model = llama()
+    causal = model.get_base_model()
+    inputs = batch()
+    loss, gradients = step(model, inputs)
+    table = causal.model.embed_tokens.weight
+    waiting = waiting_in(causal, 2)
+    weights = dict(causal.named_parameters())
+    assert waiting(
+        "model.layers.1.mlp.up_proj.base_layer.weight", weights["model.layers.1.mlp.up_proj.base_layer.weight"]
+    )
+    for name in (
+        "model.layers.0.mlp.up_proj.base_layer.weight",
+        "model.layers.1.input_layernorm.weight",
+        "lm_head.weight",
+    ):
+        assert not waiting(name, weights[name])
+    streamed = stream(model, 2, torch.device("cpu"))
+    assert streamed.host_bytes == 2 * streamed.buffer_bytes
+    got_loss, got = step(model, inputs)
+    assert torch.equal(got_loss, loss)
+    assert all(torch.equal(got[name], gradient) for name, gradient in gradients.items())
+    rows = causal.model.embed_tokens(torch.tensor([[5, 5, 7]]))
+    assert torch.equal(rows[0], table[[5, 5, 7]])
+    with pytest.raises(NotLent):
+        causal.model.embed_tokens.weight.sum()
+
+
+def test_an_embedding_that_is_the_head_or_is_trained_stays() -> None:
+    for model in (llama(tied=True), llama(modules_to_save=("embed_tokens",))):
+        causal = model.get_base_model()
+        assert not any(
+            waiting_in(causal, 4)(name, parameter) for name, parameter in causal.named_parameters() if "embed" in name
+        )
+
+
+def test_the_proof_passes_and_a_ring_without_a_wait_fails() -> None:
+    model = llama(method="qlora", dropout=0.3)
+    step_model = StepModel(model, "chunked", nullcontext)
+    stir(step_model)
+    inputs, queues = batch(), LateQueues()
+    streamed = StreamedLayers(model, range(4), queues)
+    random = torch.get_rng_state()
+    prove_streaming(step_model, streamed, inputs, torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    usual = queues.computing_waits
+    calls = iter(range(1000))
+    queues.computing_waits = lambda mark: None if next(calls) == 8 else usual(mark)  # type: ignore[method-assign]
+    with pytest.raises(JobFailed, match="gradients differ") as raised:
+        prove_streaming(step_model, streamed, inputs, torch.device("cpu"))
+    assert raised.value.kind == "streaming_wrong"
+
+
+def test_how_much_may_be_page_locked() -> None:
+    assert most_locked(64 * GIB, 50 * GIB, spills=False) == 48 * GIB
+    assert most_locked(64 * GIB, 50 * GIB, spills=True) == 32 * GIB
+    assert most_locked(64 * GIB, GIB, spills=False) == 0
+    memory = WaitingMemory(0)
+    assert memory.new(100).numel() == 100
+    assert "0.0 of 0.0 GiB" in memory.said()
+    with pytest.raises(JobFailed, match="main memory"):
+        check_room(20 * GIB, 21 * GIB)
+    check_room(18 * GIB, 21 * GIB)
+
+
+@pytest.fixture(scope="module")
+def four_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "four", num_hidden_layers=4)
+
+
+def same_run(train: Train, recipe: Recipe, *, stop_at: int = 0, monkeypatch: Any = None) -> History:
+    """Train with a streamed base and with one that is not; return what the former told."""
+    found = []
+    for layers in ("off", 3):
+        wanted = recipe.with_("model.stream", layers)
+        if stop_at and layers != "off":
+            at_step(monkeypatch, stop_at, lambda between: request(between.worker.paths, "stop"))
+        run = train(wanted)
+        if stop_at and layers != "off":
+            withdraw_all(run)
+            assert history_of(run).finished.outcome == "stopped"
+            train(wanted, again=run)
+        history = history_of(run)
+        assert history.failed is None, history.failed
+        evals, answers = [one.loss for one in history.evals], [one.answer for one in history.samples]
+        found.append((list(history.train.losses), evals, answers, weights(run)))
+    (*before, adapter), (*after, streamed_adapter) = found
+    assert before == after
+    assert adapter.keys() == streamed_adapter.keys()
+    for name, tensor in adapter.items():
+        assert torch.equal(streamed_adapter[name], tensor), name
+    return history
+
+
+def settings(recipe: Recipe, **changes: Any) -> Recipe:
+    for path, value in changes.items():
+        recipe = recipe.with_(path.replace("__", "."), value)
+    return recipe
+
+
+@pytest.mark.slow
+def test_a_run_learns_the_same(four_layers: Path, train: Train, recipe: Recipe) -> None:
+    recipe = settings(recipe, model__base=str(four_layers), train__accumulation=2, adapter__dropout=0.2)
+    recipe = settings(recipe, train__recompute="all", train__packing="on", eval__rows=1, eval__samples=1, eval__every=2)
+    seen = same_run(train, settings(recipe, method="qlora", train__steps=3))
+    assert [warning.topic for warning in seen.warnings if warning.topic == "streaming"] == ["streaming"]
+
+
+@pytest.mark.slow
+def test_a_resumed_run_learns_the_same(
+    four_layers: Path, train: Train, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = settings(recipe, model__base=str(four_layers), train__recompute=2, train__steps=4, adapter__init="pissa")
+    same_run(train, settings(recipe, train__checkpoint_every=2), stop_at=2, monkeypatch=monkeypatch)
+
+
+@pytest.mark.slow
+def test_pairs_are_learnt_the_same(four_layers: Path, train: Train, recipe: Recipe, tmp_path: Path) -> None:
+    rows = [{"prompt": f"say {n}", "chosen": "yes", "rejected": "no"} for n in range(4)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe = settings(recipe, model__base=str(four_layers), train__objective="dpo", train__steps=2)
+    same_run(train, settings(recipe, data__path=str(tmp_path / "pairs.jsonl"), data__format="auto"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_experts_in_four_bits_are_streamed(family: str, tmp_path: Path) -> None:
+    model = loaded(folder_of(EXPERTS[family](), tmp_path))
+    section = AdapterSection(rank=4, alpha=8.0, targets=("q_proj", "experts"))
+    same(attach_adapter(model, section, recompute="all"), range(2))
+
+
+@pytest.mark.slow
+def test_loading_leaves_behind_what_will_be_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card each weight goes back to main memory as it is quantised; here the way back is only counted."""
+    folder = folder_of(EXPERTS["qwen3_moe"](), tmp_path)
+    moved: list[torch.Size] = []
+
+    def counted(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
+        moved.append(parameter.shape)
+        return on_device(parameter, device)
+
+    ids = batch()["input_ids"]
+    whole = loaded(folder)
+    monkeypatch.setattr("studio.jobs.base.streaming.base.on_device", counted)
+    with loading_behind(waiting_in(whole, 1)):
+        model = loaded(folder)
+    layer = [name for name, one in model.named_parameters() if name.startswith("model.layers.1.") and one.dim() >= 2]
+    assert len(moved) == len(layer) + 1  # and the embedding
+    with torch.no_grad():
+        assert torch.equal(model.eval()(ids).logits, whole.eval()(ids).logits)
+    place_rest(model, waiting_in(model, 1), torch.device("cpu"))
+    streamed = stream(model, 1, torch.device("cpu"))
+    with torch.no_grad():
+        assert torch.equal(model.eval()(ids).logits, whole.eval()(ids).logits)
+    assert streamed.count == 1

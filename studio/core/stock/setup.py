@@ -134,7 +134,7 @@ def stock_setup(
         version_of(transformers)
     same = {field.name: getattr(setup, field.name) for field in fields(Setup)}
     return StockSetup(
-        **same | {"recompute": "all" if setup.recomputes else "none"},  # the Trainer knows no auto
+        **same | {"recompute": "all" if setup.recomputes else "none", "stream": "off"},  # the Trainer knows neither
         kbit_prepare=quantised if kbit_prepare is None else kbit_prepare and quantised,
         head_cast_back=head_cast_back and quantised and setup.compute_itemsize == 2,
         autocast=wanted_autocast and setup.dtype != "fp32",

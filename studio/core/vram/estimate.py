@@ -10,7 +10,7 @@ from studio.core.trainable import AS_PEFT, target_names
 from studio.core.value_kinds import ALL_LINEAR
 from studio.core.vram.loop import Loop, attention_kernel, own_loop, runs_plain, with_mixer_kernels
 from studio.core.vram.modules import Kernel
-from studio.core.vram.report import Components, Range, VramEstimate
+from studio.core.vram.report import Components, Host, Range, VramEstimate
 from studio.core.vram.reserve import (
     CONTEXT_BYTES,
     MOST_CONTEXT_BYTES,
@@ -132,7 +132,7 @@ def estimate_of(
         device=device,
         trainable_parameters=stages.standing.parameters,
         kernel=loop.traits.kernel,
-        host=stages.work.host,
+        host=Host(stages.standing.waiting, stages.work.host),
         held=held_of(shape, loop.frozen),
         notes=notes,
     )

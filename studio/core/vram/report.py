@@ -1,7 +1,7 @@
 """What an estimate says, and the one document of it that `plan --json` prints and that a run keeps as `plan.json`."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from studio.core.gpu_catalogue import Gpu
 from studio.core.shape import ModelShape
@@ -45,6 +45,23 @@ class Components:
     context: int
 
 
+class Host(NamedTuple):
+    """What waits in the computer's own memory, in bytes.
+
+    Attributes:
+        weights: Frozen weights of streamed layers, and an input embedding that is looked up there.
+        checkpoints: Inputs of layers that are computed again.
+    """
+
+    weights: int = 0
+    checkpoints: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.checkpoints
+
+
 @dataclass(frozen=True, slots=True)
 class VramEstimate:
     """What a set-up needs on one device.
@@ -61,7 +78,7 @@ class VramEstimate:
         trainable_parameters: Trained parameters.
         kernel: Which attention was assumed.
         held: How much of the frozen weights is in 4 bits.
-        host: Bytes of checkpoints that wait in the computer's own memory.
+        host: What waits in the computer's own memory.
         notes: What makes the range wide, and what the user should know.
     """
 
@@ -74,7 +91,7 @@ class VramEstimate:
     trainable_parameters: int
     kernel: Kernel
     held: Held
-    host: int = 0
+    host: Host = Host()  # noqa: RUF009  a tuple
     notes: tuple[str, ...] = ()
 
     def verdict(self, budget_bytes: int) -> Verdict:
@@ -123,7 +140,8 @@ def plan_to_dict(
         "components": asdict(estimate.components),
         "trainable_parameters": estimate.trainable_parameters,
         "attention_kernel": estimate.kernel,
-        "host_bytes": estimate.host,
+        "host_bytes": estimate.host.total,
+        "host_parts": estimate.host._asdict(),
         **asdict(estimate.held),
         "model": {
             "family": shape.family,

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 from studio.core.gpu_catalogue import Gpu, sixteen_bit
 from studio.core.preferences import takes_pairs
 from studio.core.quantised_base import QuantisedBase
-from studio.core.recipe import FIELDS, Attention, Loss, Method, Objective, Optimizer, Recipe, Recompute
+from studio.core.recipe import FIELDS, Attention, Loss, Method, Objective, Optimizer, Recipe, Recompute, Stream
 from studio.core.trainable import AdaptedPart
 from studio.core.value_kinds import ALL_LINEAR
 
@@ -35,7 +35,7 @@ class Setup:
         accumulation: Micro-batches per optimizer step; above 1 gradients are alive while the next one runs.
         optimizer: Which AdamW.
         recompute: Which layers are computed again in the backward: all, none, or so many from the first that has an
-            adapter. `auto` counts as all until `studio.core.placement.recompute` has made it a number.
+            adapter. `auto` counts as all until `studio.core.placement.auto` has made it a number.
         attention: Fused kernels or S x S matrices.
         loss: Whole logits, or a head taken in chunks (by this program's loop or by liger's kernel).
         offload_checkpoints: Whether the layers' inputs wait for the backward in host memory.
@@ -46,6 +46,7 @@ class Setup:
         dtype: Format of frozen weights and of matrix products: bf16, fp16 or fp32.
         double_quant: Whether the 4-bit scales are quantised again.
         gpus: Data-parallel replicas; each holds everything.
+        stream: How many layers' weights wait in main memory. `auto` counts as none until it has been made a number.
     """
 
     engine: ClassVar[Engine] = "studio"
@@ -73,6 +74,7 @@ class Setup:
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     double_quant: bool = True
     gpus: int = 1
+    stream: Stream = "off"
 
     def __hash__(self) -> int:
         return self._hash
@@ -129,6 +131,11 @@ class Setup:
     def quantised(self) -> bool:
         """Whether linear maps hold 4- or 8-bit weights."""
         return self.method == "qlora"
+
+    @property
+    def streamed(self) -> int:
+        """How many layers are streamed, at most."""
+        return self.stream if isinstance(self.stream, int) else 0
 
     @cached_property
     def compute_itemsize(self) -> int:

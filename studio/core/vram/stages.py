@@ -8,7 +8,7 @@ from studio.core.trainable import AdaptedPart, whole_tensors
 from studio.core.vram.loop import Loop
 from studio.core.vram.micro_batch import Activations, activations_of
 from studio.core.vram.setup import Setup
-from studio.core.vram.static import base_bytes, optimizer_bytes, trained_bytes
+from studio.core.vram.static import base_bytes, optimizer_bytes, streamed_bytes, trained_bytes
 
 MIB = 2**20
 
@@ -61,6 +61,7 @@ class Standing(NamedTuple):
         copies: 16-bit adapter copies that autocast caches.
         load: Peak while the model is loaded.
         parameters: Trained parameters.
+        waiting: Frozen weights that wait in main memory.
     """
 
     base: int
@@ -75,6 +76,7 @@ class Standing(NamedTuple):
     copies: int
     load: int
     parameters: int
+    waiting: int
 
 
 class Stages(NamedTuple):
@@ -168,7 +170,8 @@ def standing(shape: ModelShape, loop: Loop, part: AdaptedPart) -> Standing:
     """
     kind = loop.kind
     trained = trained_bytes(shape, part, loop.whole_itemsize)
-    base = base_bytes(shape, loop.frozen)
+    streamed = streamed_bytes(shape, loop.frozen, looked_up=not part.trains_embedding)
+    base = base_bytes(shape, loop.frozen) - streamed.left
     state = optimizer_bytes(shape, part, kind.optimizer, loop.whole_itemsize, pages=kind.device == "cuda")
     # Autocast leaves an embedding alone, as our products do with pairs on experts; the head's copy is made at the loss.
     whole = shape.embedding_parameters * (part.trains_embedding + part.trains_head)
@@ -176,7 +179,7 @@ def standing(shape: ModelShape, loop: Loop, part: AdaptedPart) -> Standing:
     if part.modules_to_save and loop.copies_whole:
         copy = kind.compute_itemsize * max(elements for _, elements in whole_tensors(shape, part))
     return Standing(
-        base=base,
+        base=base + streamed.buffers,
         adapter=trained.weights,
         head=trained.head,
         embedding=trained.embedding,
@@ -192,8 +195,9 @@ def standing(shape: ModelShape, loop: Loop, part: AdaptedPart) -> Standing:
             * loop.caches_copies
             * (kind.recomputed_of(shape.layers) / shape.layers)
         ),
-        load=base + max(loop.load_extra, trained.weights + copy),
+        load=base + max(loop.load_extra, trained.weights + copy, trained.weights + streamed.buffers),
         parameters=trained.parameters,
+        waiting=streamed.host,
     )
 
 

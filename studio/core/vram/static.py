@@ -6,6 +6,7 @@ from functools import lru_cache
 
 from studio.core.direct_weights import kept_16bit
 from studio.core.layer_parts import Linear
+from studio.core.placement.streaming import BUFFERS, streamed_layers
 from studio.core.shape import EXPERTS_DOWN, EXPERTS_UP, Layer, ModelShape
 from studio.core.trainable import ATTENTION, MLP, AdaptedPart, target_names, trained_tensors, whole_tensors
 from studio.core.vram.setup import Setup
@@ -60,6 +61,7 @@ class FrozenForm:
         skipped: Modules that stay in 16 bit though others are quantised.
         alignment: What an allocation is rounded up to, in bytes; 1 on a CPU.
         packs_experts: Whether fused experts are quantised with the linear maps.
+        streamed: How many layers are streamed, at most.
     """
 
     quant_type: str
@@ -70,6 +72,7 @@ class FrozenForm:
     skipped: tuple[str, ...] = ()
     alignment: int = ALIGNMENT
     packs_experts: bool = False
+    streamed: int = 0
 
 
 @lru_cache(maxsize=256)
@@ -84,6 +87,7 @@ def frozen_form(setup: Setup) -> FrozenForm:
         setup.skip_modules,
         1 if setup.device == "cpu" else ALIGNMENT,
         setup.packs_experts,
+        setup.streamed,
     )
 
 
@@ -124,6 +128,70 @@ def base_bytes(shape: ModelShape, form: FrozenForm) -> int:
     embeddings = shape.embedding_parameters + shape.head_parameters
     rest = shape.parameters - weights - biases - embeddings
     return packed + biases * form.compute + rest * form.itemsize + embeddings * form.embedding_itemsize + tables
+
+
+@dataclass(frozen=True, slots=True)
+class StreamedBytes:
+    """What a streamed base has in main memory instead of on the card.
+
+    Attributes:
+        left: What the frozen weights take less on the card.
+        buffers: What the buffers take there, through which streamed layers pass.
+        host: What waits in main memory.
+        layers: How many layers of each of `shape.groups` are streamed.
+    """
+
+    left: int = 0
+    buffers: int = 0
+    host: int = 0
+    layers: tuple[int, ...] = ()
+
+
+@lru_cache(maxsize=256)
+def streamed_bytes(shape: ModelShape, form: FrozenForm, looked_up: bool = True) -> StreamedBytes:
+    """Return what streaming moves to main memory: the matrices of layers, and an embedding that is looked up there.
+
+    Args:
+        shape: The model.
+        form: How the frozen weights are held.
+        looked_up: Whether the input embedding is frozen, so that it may wait, too; one that is the head's stays.
+    """
+    numbers = streamed_layers(form.streamed, shape.layers)
+    if not numbers:
+        return StreamedBytes()
+    sizes = [_matrices_of(shape, form, number) for number in numbers]
+    waits = looked_up and not shape.tied
+    embedding = shape.embedding_parameters * form.embedding_itemsize if waits else 0
+    return StreamedBytes(
+        left=sum(held for held, _ in sizes) + embedding,
+        buffers=min(BUFFERS, len(numbers)) * max(packed for _, packed in sizes),
+        host=sum(packed for _, packed in sizes) + embedding,
+        layers=tuple(sum(shape.kinds[number] == kind for number in numbers) for kind in range(len(shape.groups))),
+    )
+
+
+def _matrices_of(shape: ModelShape, form: FrozenForm, number: int) -> tuple[int, int]:
+    """Return the bytes of a layer's matrices as `base_bytes` counts them, and packed one behind the other."""
+    layer = shape.groups[shape.kinds[number]].layer
+    names, kept = frozenset(form.skipped), kept_16bit(shape.family)
+    alone = packed = 0
+
+    def add(matrix: Linear, copies: int, quantised: bool) -> None:
+        nonlocal alone, packed
+        plain = matrix.inputs * matrix.outputs * form.itemsize
+        parts = quantised_parts(matrix, form) if quantised else (plain,)
+        alone += copies * sum(parts)
+        packed += copies * sum(map(_aligned, parts))
+
+    for linear in layer.linears:
+        skipped = _is_skipped(f"model.layers.{number}.{_block_of(layer, linear)}.{linear.name}", names)
+        add(linear, linear.copies, bool(form.quant_type) and linear.name not in kept and not skipped)
+    if layer.experts and not layer.expert_maps:
+        for stack in layer.experts.stacks(shape.hidden):
+            packs = form.packs_experts and stack.inputs * stack.outputs % BLOCK == 0
+            skipped = _is_skipped(f"model.layers.{number}.{MLP}.{stack.name}", names)
+            add(_whole(stack), 1, packs and not skipped)
+    return alone, packed
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ more on an 8B model.
 """
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,9 @@ from studio.probe.models import BaseFound, refuse_untrainable
 from studio.runs.failure import of_the_machine
 
 Progress = Callable[[str, float], None]
+
+_FOUR_BIT_BYTES = 0.5625
+"""Bytes of a weight in 4 bits, with one scale in fp32 for 64 of them; double quantisation takes less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,7 @@ def load_base(
     attention: Attention,
     device: torch.device,
     trust_remote_code: bool = False,
+    streamed: int = 0,
     progress: Progress | None = None,
 ) -> PreTrainedModel:
     """Return the base model on the device, every parameter frozen.
@@ -95,13 +100,18 @@ def load_base(
         attention: The wanted attention implementation. A model that has only `eager` gets that; see its config.
         device: Where it goes, shard by shard, without a second copy in main memory.
         trust_remote_code: Whether to run Python code that the model folder brings.
+        streamed: How many decoder layers will be streamed: on a card, their matrices are left in main memory.
         progress: Told what is being done, and the fraction done.
 
     Raises:
         BadInput: The model cannot be loaded as asked; the message says why and what to do.
+        JobFailed: Main memory has no room for the streamed layers.
         Exception: The memory is full or the card has failed, as torch raised it.
     """
-    from studio.jobs.base.experts.loading import read_in_parts  # noqa: PLC0415  bitsandbytes, as below
+    # bitsandbytes, as below.
+    from studio.jobs.base.experts.loading import read_in_parts  # noqa: PLC0415
+    from studio.jobs.base.streaming.base import loading_behind, place_rest, waiting_bytes, waiting_in  # noqa: PLC0415
+    from studio.jobs.base.streaming.host import check_room, room  # noqa: PLC0415
 
     own = base.quantization == BITSANDBYTES
     if not (own and method == "qlora"):
@@ -123,12 +133,20 @@ def load_base(
         if method == "qlora" and not own:
             kept = left_alone(empty_model(picked), quant.skip)
             options["quantization_config"] = four_bit_config(quant, dtype, kept)
-        with read_in_parts():
+        waiting = None
+        if streamed and device.type == "cuda":
+            waiting = waiting_in(empty := empty_model(picked), streamed)
+            packed = _FOUR_BIT_BYTES if method == "qlora" else dtype.itemsize
+            check_room(waiting_bytes(empty, waiting, packed, dtype.itemsize), room())
+        # Quantised on the card, one weight after another. In 16 bit a card would be given weights far ahead of their
+        # turn to go back to main memory.
+        behind = waiting is not None and method == "qlora"
+        with read_in_parts(), loading_behind(waiting) if waiting and behind else nullcontext():
             model, seen = from_pretrained(
                 folder,
                 config=picked.config,
                 dtype=dtype,
-                device_map={"": device},
+                device_map={"": "cpu" if waiting and not behind else device},
                 attn_implementation=only_for_text(picked.config, chosen),
                 use_safetensors=True,
                 output_loading_info=True,
@@ -147,11 +165,10 @@ def load_base(
             "config.json, or are not complete."
         )
     if method == "qlora":
-        if not own:
-            _require_four_bit(model)
-        _keep_packing(model)
-        _keep_modules_called(model)
+        _ready_four_bit(model, own)
     model.requires_grad_(False)
+    if waiting:
+        place_rest(model, waiting, device)
     return model
 
 
@@ -207,6 +224,14 @@ def _take_form_away(config: Any) -> None:
     for place in (config, config.get_text_config()):
         if hasattr(place, "quantization_config"):
             del place.quantization_config
+
+
+def _ready_four_bit(model: torch.nn.Module, own: bool) -> None:
+    """Prepare a quantised model for training; refuse one that was to be quantised here and was not."""
+    if not own:
+        _require_four_bit(model)
+    _keep_packing(model)
+    _keep_modules_called(model)
 
 
 def _require_four_bit(model: torch.nn.Module) -> None:

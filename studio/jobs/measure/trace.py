@@ -10,14 +10,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft import PeftModel
 
 from studio.core.recipe import Recipe
 from studio.core.vram.setup import ITEMSIZES
 from studio.jobs.base.precision import Precision
+from studio.jobs.base.streaming.base import stream
+from studio.jobs.base.streaming.layers import ordinary_bytes
 from studio.jobs.measure.card import TracedCopies, card_habits
 from studio.jobs.measure.fake import Numbers, fake_world
 from studio.jobs.measure.step import run_steps
-from studio.jobs.measure.storages import StorageLog, Storages
+from studio.jobs.measure.storages import HOST, StorageLog, Storages
 from studio.jobs.measure.weightless import config_of, weightless_base
 from studio.jobs.train.adapter import attach_adapter
 from studio.jobs.train.batches import Batcher
@@ -27,6 +30,7 @@ from studio.jobs.train.objectives.supervised import SUPERVISED
 from studio.jobs.train.offload import offload_checkpoints
 from studio.jobs.train.optimizer import optimizer_of
 from studio.jobs.train.step_model import StepModel
+from studio.jobs.train.trainable_model import streamed_of
 
 _CUDA_BLOCK_BYTES = 512
 """The caching allocator rounds every request up to this (c10/cuda/CUDACachingAllocator.cpp kMinBlockSize)."""
@@ -80,6 +84,17 @@ def trace(
     return Traced(storages.log, parameters)
 
 
+def _stream(model: PeftModel, count: int, storages: Storages) -> None:
+    def new(component: str) -> Callable[[int], torch.Tensor]:
+        def made(size: int) -> torch.Tensor:
+            with storages.newborn(component):
+                return ordinary_bytes(size)
+
+        return made
+
+    stream(model, count, torch.device("cpu"), new_host=new(HOST), new_buffer=new("base"))
+
+
 @dataclass(frozen=True, slots=True)
 class _FakeBatcher(Batcher):
     """Makes batches of fake tensors whose whole numbers are known."""
@@ -127,6 +142,8 @@ def run_engine(
                 offload_checkpoints(model, TracedCopies(storages))
         trained = [p for p in model.parameters() if p.requires_grad]
         storages.claim(trained, "adapter")
+        if streamed_of(recipe):
+            _stream(model, streamed_of(recipe), storages)
         optimizer = optimizer_of(recipe, model, torch.device(target.device_type), warn=lambda message: None)
         way = (recipe.train.micro_batch, 0, torch.device("cpu"), 0, objective)
         run_steps(

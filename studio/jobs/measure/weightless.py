@@ -3,7 +3,7 @@
 It must be called where every new tensor is fake, or for a model that is small enough for real tensors.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -29,8 +29,11 @@ from studio.jobs.base.experts.product import take_over
 from studio.jobs.base.experts.stacks import four_bit_stack
 from studio.jobs.base.load import FourBit, four_bit_config, four_bit_of, left_alone
 from studio.jobs.base.model_class import from_config, model_class
+from studio.jobs.base.streaming.base import waiting_in
+from studio.jobs.base.streaming.four_bit import tensors_of
 from studio.jobs.measure.fake import is_fake
-from studio.jobs.measure.storages import Storages
+from studio.jobs.measure.storages import HOST, Storages
+from studio.jobs.train.trainable_model import streamed_of
 
 _UNBUILDABLE = (
     *(ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError),
@@ -95,26 +98,27 @@ def weightless_base(
         _quantise(model, recipe, dtype, storages)
     model.requires_grad_(False)
     with storages:
+        if streamed_of(recipe):
+            waiting = waiting_in(model, streamed_of(recipe))
+            trained = tuple(f".{name}.weight" for name in recipe.adapter.modules_to_save)
+            named = ((name, weight) for name, weight in model.named_parameters() if not f".{name}".endswith(trained))
+            storages.claim(_with_states(weight for name, weight in named if waiting(name, weight)), HOST)
         storages.claim(frozen_tensors(model), "base")
     return model
 
 
 def frozen_tensors(model: nn.Module) -> Iterator[Tensor]:
     """Yield everything that a base model holds: parameters, buffers, and the scales and tables of 4-bit weights."""
-    yield from model.parameters()
+    yield from _with_states(model.parameters())
     yield from model.buffers()
-    for parameter in model.parameters():
+
+
+def _with_states(parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
+    for parameter in parameters:
+        yield parameter
         state = getattr(parameter, "quant_state", None)
         if isinstance(state, QuantState):
-            yield from _tensors_of(state)
-
-
-def _tensors_of(state: QuantState) -> Iterator[Tensor]:
-    for tensor in (state.absmax, state.code, state.offset):
-        if tensor is not None:
-            yield tensor
-    if state.state2 is not None:
-        yield from _tensors_of(state.state2)
+            yield from tensors_of(state)
 
 
 def _quantise(model: PreTrainedModel, recipe: Recipe, dtype: torch.dtype, storages: Storages) -> None:
@@ -158,7 +162,7 @@ def _fill(layer: Any, linear: nn.Linear, quant: FourBit, storages: Storages) -> 
         packed, state = quantize_4bit(weight, compress_statistics=quant.double_quant, quant_type=quant.quant_type)
         # On a card the 16-bit weight is there, too, until its 4-bit form is complete.
         storages.passing(weight.nbytes)
-        storages.claim([packed, *_tensors_of(state)], "base")
+        storages.claim([packed, *tensors_of(state)], "base")
     layer.weight = _packed_parameter(packed, state, quant)
     layer.bias = linear.bias
     layer.quant_state = state
@@ -173,7 +177,7 @@ def _fill_stack(model: nn.Module, name: str, shape: torch.Size, quant: FourBit, 
     with storages, storages.newborn("workspace"):
         packed, state = quantize_4bit(weights, compress_statistics=quant.double_quant, quant_type=quant.quant_type)
         storages.passing(3 * weights.nbytes // shape[0])  # one expert: as it lies in the files, and as it is joined
-        storages.claim([packed, *_tensors_of(state)], "base")
+        storages.claim([packed, *tensors_of(state)], "base")
     if not is_fake(packed):
         module._parameters[stack] = four_bit_stack(packed, state)
         return

@@ -20,13 +20,12 @@ from studio.core.events import Finished, Identified, Planned, Started, Warned
 from studio.core.recipe import Recipe
 from studio.core.schedule import total_steps_of
 from studio.core.text import plain
-from studio.jobs.base.data.bounded import freeze_date, set_variables, writes_date
 from studio.jobs.base.device import card_used, job_device
 from studio.jobs.base.failures import Cancelled
 from studio.jobs.base.load import base_folder
 from studio.jobs.base.precision import Precision, choose_precision, steadier_format, without_own_format
 from studio.jobs.base.progress import PhaseTeller, read_fingerprint
-from studio.jobs.base.tokenizer import load_tokenizer
+from studio.jobs.base.streaming.layers import StreamedLayers
 from studio.jobs.train.batches import Batcher, StepBatches
 from studio.jobs.train.between import Between
 from studio.jobs.train.checkpoint import TrainState, load_checkpoint
@@ -39,10 +38,11 @@ from studio.jobs.train.objectives.of_recipe import objective_of
 from studio.jobs.train.objectives.preference import needs_reference
 from studio.jobs.train.optimizer import optimizer_of
 from studio.jobs.train.packing import batcher_for, why_padded
-from studio.jobs.train.read_rows import Rows, check_fit, read_rows
+from studio.jobs.train.read_rows import Rows, check_fit, read_rows, tokenizer_of
 from studio.jobs.train.reference import with_reference
 from studio.jobs.train.step_model import StepModel
-from studio.jobs.train.trainable_model import trainable_model
+from studio.jobs.train.streamed_proof import prove_streaming
+from studio.jobs.train.trainable_model import stream_base, trainable_model
 from studio.probe.calibrate import remember_run
 from studio.probe.data import Row
 from studio.probe.device import other_card_note
@@ -71,12 +71,14 @@ class Training:
         between: What happens between them.
         state: Where the training stands.
         resumed: Whether `state` comes from a checkpoint.
+        streamed: The layers whose weights wait in main memory; None without any.
     """
 
     loop: LoopParts
     between: Between
     state: TrainState
     resumed: bool
+    streamed: StreamedLayers | None = None
 
 
 def train_run(worker: Worker, recipe: Recipe, objective: Objective | None = None) -> None:
@@ -129,12 +131,7 @@ def prepare(worker: Worker, recipe: Recipe, objective: Objective, going_on: Resu
     folder = base_folder(base, tell)
     trained_on = read_fingerprint(worker, folder)
     refuse_other_base(worker.paths, first, folder, trained_on)
-    tokenizer = load_tokenizer(folder, trust_remote_code=recipe.model.trust_remote_code)
-    freeze_date(tokenizer, date)
-    set_variables(tokenizer, dict(recipe.data.template_kwargs))
-    if writes_date(tokenizer):
-        message = f"the chat template writes the date: this run keeps that of its first start, {date:%d %b %Y}"
-        worker.emit(Warned, topic="data", message=message)
+    tokenizer = tokenizer_of(worker, recipe, folder, date)
     rows = read_rows(
         worker,
         tell,
@@ -153,6 +150,7 @@ def prepare(worker: Worker, recipe: Recipe, objective: Objective, going_on: Resu
     )
     memory.see("load", 0)
     check_fit(worker, recipe, model, rows, tokenizer)
+    streamed = stream_base(recipe, model, device, worker=worker, tell=tell)
     # Without a pad token any id will do: attention mask and labels hide what it fills.
     padded = Batcher(recipe.train.micro_batch, tokenizer.pad_token_id or 0, device, objective=objective)
     step_model = StepModel(model, recipe.train.loss, precision.autocast, objective)
@@ -228,7 +226,7 @@ def prepare(worker: Worker, recipe: Recipe, objective: Objective, going_on: Resu
         steadier=steadier_format(precision, device),
     )
     new = TrainState(step=0, tokens=0, seconds=0.0, scaler={}, packed=batcher.packed_tokens > 0)
-    return Training(loop, between, state or new, resumed=state is not None)
+    return Training(loop, between, state or new, resumed=state is not None, streamed=streamed)
 
 
 def run(training: Training) -> None:
@@ -238,9 +236,13 @@ def run(training: Training) -> None:
         training: As `prepare` returned it.
 
     Raises:
-        JobFailed: A guard fired, or the adapter is broken or does nothing.
+        JobFailed: A guard fired, the adapter is broken or does nothing, or streamed layers gave wrong gradients.
     """
     loop, between, state = training.loop, training.between, training.state
+    if training.streamed:
+        between.tell("proving the streamed layers")
+        first = loop.batches.of_step(min(state.step + 1, between.total_steps))[0]
+        prove_streaming(loop.step_model, training.streamed, loop.batches.batch(first), loop.device)
     if not training.resumed:
         between.evaluate(0)
         between.sample(0)

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
@@ -16,11 +18,13 @@ from studio.core.events import Warned
 from studio.core.named_templates import NAMED, NamedTemplate
 from studio.core.recipe import Recipe
 from studio.core.text import plain
+from studio.jobs.base.data.bounded import freeze_date, set_variables, writes_date
 from studio.jobs.base.data.chosen_template import untrained_tokens, use_template
 from studio.jobs.base.data.rows import Prompt, sample_prompts
 from studio.jobs.base.data.stored_examples import StoredExamples
 from studio.jobs.base.data.template import ensure_template, say_variables
 from studio.jobs.base.progress import PhaseTeller, heed
+from studio.jobs.base.tokenizer import load_tokenizer
 from studio.jobs.train.objectives import Encoded, Objective
 from studio.jobs.train.objectives.pairs import Pairs
 from studio.probe.data import Row
@@ -172,6 +176,17 @@ def _kept(worker: Worker) -> HeldOutRecord | None:
     with suppress(BadInput):
         return read_record(worker.paths)
     return None
+
+
+def tokenizer_of(worker: Worker, recipe: Recipe, folder: Path, date: datetime) -> Any:
+    """Return the base's tokenizer, whose chat template is told the date of the run's first start."""
+    tokenizer = load_tokenizer(folder, trust_remote_code=recipe.model.trust_remote_code)
+    freeze_date(tokenizer, date)
+    set_variables(tokenizer, dict(recipe.data.template_kwargs))
+    if writes_date(tokenizer):
+        message = f"the chat template writes the date: this run keeps that of its first start, {date:%d %b %Y}"
+        worker.emit(Warned, topic="data", message=message)
+    return tokenizer
 
 
 def check_fit(worker: Worker, recipe: Recipe, model: PeftModel, rows: Rows, tokenizer: Any) -> None:

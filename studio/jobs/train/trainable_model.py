@@ -34,6 +34,9 @@ from studio.jobs.base.load import base_folder, family_of, four_bit_of, load_base
 from studio.jobs.base.model_class import class_of, is_plain
 from studio.jobs.base.precision import Precision
 from studio.jobs.base.progress import PhaseTeller
+from studio.jobs.base.streaming.base import stream
+from studio.jobs.base.streaming.host import locked_memory
+from studio.jobs.base.streaming.layers import StreamedLayers, ordinary_bytes
 from studio.jobs.base.weights.folder_weights import FolderWeights
 from studio.jobs.base.weights.tensor_files import TensorFiles
 from studio.jobs.train.adapter import AdapterWeights, adapter_weights, attach_adapter, checkpointed
@@ -99,6 +102,7 @@ def trainable_model(
         attention=recipe.train.attention,
         device=device,
         trust_remote_code=recipe.model.trust_remote_code,
+        streamed=streamed_of(recipe),
     )
     if frozen.config.get_text_config()._attn_implementation == "eager" != recipe.train.attention and attends(frozen):
         worker.emit(Warned, topic="attention", message=_EAGER_NOTE)
@@ -127,6 +131,38 @@ def trainable_model(
             tell("starting the adapter", detail="loftq")
             _loftq(model, base)
     return model, {}, held
+
+
+def streamed_of(recipe: Recipe) -> int:
+    """Return how many layers of a recipe's base are streamed, at most; a run's own recipe says it as a number."""
+    return recipe.model.stream if isinstance(recipe.model.stream, int) else 0
+
+
+def stream_base(
+    recipe: Recipe, model: PeftModel, device: torch.device, *, worker: Worker, tell: PhaseTeller
+) -> StreamedLayers | None:
+    """Let the layers of the base be streamed, and tell how many and where they wait; return None where none is.
+
+    Args:
+        recipe: Says how many.
+        model: As `trainable_model` returned it. From now on its streamed weights can only be computed with.
+        device: Where it is computed.
+        worker: Gets the warnings.
+        tell: Told what is being done.
+    """
+    if not streamed_of(recipe):
+        return None
+    tell("packing the streamed layers")
+    memory = locked_memory() if device.type == "cuda" else None
+    streamed = stream(model, streamed_of(recipe), device, new_host=memory.new if memory else ordinary_bytes)
+    said = f"{streamed.count} layers of {streamed.host_bytes / 2**30:.2f} GiB wait in main memory"
+    tell("packing the streamed layers", 1.0, detail=said)
+    if memory and (note := memory.said()):
+        worker.emit(Warned, topic="streaming", message=note)
+    if device.type != "cuda":
+        why = f"on a {device.type} all weights are in main memory anyway: streaming only copies them"
+        worker.emit(Warned, topic="streaming", message=f"model.stream saves nothing: {why}")
+    return streamed
 
 
 def precision_held(model: Any) -> Held:

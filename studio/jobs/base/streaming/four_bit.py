@@ -41,6 +41,39 @@ def with_tensors(state: QuantState, tensors: Iterator[Any]) -> QuantState:
     return made
 
 
+def parameter_of(kind: type, said: dict[str, Any], held: Tensor, state: QuantState | None) -> nn.Parameter:
+    """Return a frozen parameter like another one.
+
+    Args:
+        kind: Its class.
+        said: Its attributes.
+        held: Its numbers.
+        state: How they are quantised; None where they are not.
+    """
+    # Not by the constructors of 4-bit classes, which quantise; a fake tensor has no such class.
+    packed = issubclass(kind, bnb.nn.Params4bit)
+    made: Any = Tensor._make_subclass(kind, held, False) if packed else nn.Parameter(held, requires_grad=False)
+    vars(made).update(said)
+    if state is not None:
+        made.quant_state = state
+    parameter: nn.Parameter = made
+    return parameter
+
+
+def on_device(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
+    """Return a frozen parameter on a device, with what belongs to a 4-bit one."""
+    state = getattr(parameter, "quant_state", None)
+    if state is not None:
+        state = with_tensors(state, (tensor.to(device) for tensor in tensors_of(state)))
+    return parameter_of(type(parameter), vars(parameter), plain(parameter).to(device), state)
+
+
+def plain(parameter: Tensor) -> Tensor:
+    """Return a parameter's numbers as a tensor of no special class."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return parameter.detach()
+
+
 def _forward(module: Any, x: Tensor) -> Tensor:
     """Do what bitsandbytes' `Linear4bit.forward` does for a weight that is quantised already."""
     if not module.compute_type_is_set:
@@ -49,7 +82,7 @@ def _forward(module: Any, x: Tensor) -> Tensor:
     dtype = x.dtype if module.compute_dtype is None else module.compute_dtype
     bias = None if module.bias is None else module.bias.to(dtype)
     state = module.weight.quant_state
-    made: Tensor = _Product.apply(x.to(dtype), bias, state, module.weight.detach(), *tensors_of(state))  # type: ignore[no-untyped-call]
+    made: Tensor = _Product.apply(x.to(dtype), bias, state, plain(module.weight), *tensors_of(state))  # type: ignore[no-untyped-call]
     return made.to(x.dtype)
 
 

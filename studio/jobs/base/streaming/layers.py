@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from bitsandbytes.nn import Params4bit
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -19,12 +18,17 @@ from torch.autograd.graph import saved_tensors_hooks
 from studio.core.placement.streaming import BUFFERS
 from studio.core.vram.static import ALIGNMENT
 from studio.jobs.base.model_class import decoder_layers
-from studio.jobs.base.streaming.four_bit import show_products, tensors_of, with_tensors
+from studio.jobs.base.streaming.four_bit import parameter_of, plain, show_products, tensors_of, with_tensors
 from studio.jobs.base.streaming.ring import FreshCopies, Lender, Queues, Ring, Way
 from studio.jobs.base.weights.streamed import Absent
 
 NewBytes = Callable[[int], Tensor]
 """Makes a tensor of so many bytes."""
+
+
+def ordinary_bytes(size: int) -> Tensor:
+    """Return a tensor of so many bytes in ordinary main memory."""
+    return torch.empty(size, dtype=torch.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,19 +68,13 @@ class _Weight:
     said: dict[str, Any]
     state: Any
     places: tuple[_Place, ...]
-    absent: Absent
+    absent: Any
 
     def inside(self, buffer: Tensor) -> nn.Parameter:
         """Return the parameter whose tensors are views of a buffer."""
         held, *more = (place.inside(buffer) for place in self.places)
-        if issubclass(self.kind, Params4bit):
-            made = cast(nn.Parameter, Tensor._make_subclass(self.kind, held, False))
-        else:
-            made = nn.Parameter(held, requires_grad=False)
-        vars(made).update(self.said)
-        if self.state is not None:
-            made.quant_state = with_tensors(self.state, iter(more))  # type: ignore[attr-defined]
-        return made
+        state = None if self.state is None else with_tensors(self.state, iter(more))
+        return parameter_of(self.kind, self.said, held, state)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +92,7 @@ class StreamedLayers:
     """The streamed layers of a model.
 
     Attributes:
+        count: How many they are.
         host_bytes: What waits in main memory.
         buffer_bytes: Size of each buffer on the card.
         lender: Where the layers' weights are had from.
@@ -105,8 +104,8 @@ class StreamedLayers:
         numbers: Sequence[int],
         queues: Queues,
         *,
-        new_host: NewBytes = lambda size: torch.empty(size, dtype=torch.uint8),
-        new_buffer: NewBytes = lambda size: torch.empty(size, dtype=torch.uint8),
+        new_host: NewBytes = ordinary_bytes,
+        new_buffer: NewBytes = ordinary_bytes,
     ) -> None:
         """Pack the weights of layers into main memory and hook the layers.
 
@@ -130,6 +129,7 @@ class StreamedLayers:
             self._sources.append(source)
             self._weights.append(weights)
             self._hook(layer, place)
+        self.count = len(numbers)
         self.host_bytes = sum(source.numel() for source in self._sources)
         self.buffer_bytes = max(source.numel() for source in self._sources)
         self._new_buffer = lambda: new_buffer(self.buffer_bytes)
@@ -214,9 +214,9 @@ class StreamedLayers:
         return buffer.view(kept.dtype).as_strided(kept.shape, kept.stride, kept.offset)
 
 
-def waits(parameter: nn.Parameter) -> bool:
-    """Return whether a weight of a streamed layer waits in main memory: a frozen matrix, or a stack of them."""
-    return parameter.dim() >= 2 and not parameter.requires_grad
+def is_matrix(parameter: nn.Parameter) -> bool:
+    """Return whether a frozen weight of a streamed layer waits in main memory: a matrix, or a stack of them."""
+    return parameter.dim() >= 2
 
 
 def _packed(layer: nn.Module, shared: set[int], new_host: NewBytes) -> tuple[Tensor, tuple[_Weight, ...]]:
@@ -225,24 +225,29 @@ def _packed(layer: nn.Module, shared: set[int], new_host: NewBytes) -> tuple[Ten
     size = 0
     for module in layer.modules():
         for name, parameter in module._parameters.items():
-            if parameter is None or not waits(parameter) or id(parameter) in shared:
+            if parameter is None or not is_matrix(parameter) or parameter.requires_grad or id(parameter) in shared:
                 continue
             state = getattr(parameter, "quant_state", None)
-            with torch._C.DisableTorchFunctionSubclass():
-                tensors = [parameter.detach(), *(() if state is None else tensors_of(state))]
+            tensors = [plain(parameter), *(() if state is None else tensors_of(state))]
             places = []
             for tensor in tensors:
                 places.append(_Place(size, tensor.dtype, tensor.shape))
                 size = -(-places[-1].end // ALIGNMENT) * ALIGNMENT
             said = {key: value for key, value in vars(parameter).items() if key != "quant_state"}
             form = None if state is None else with_tensors(state, iter([None] * len(tensors)))
-            absent = Absent.of(parameter)
+            absent: Any = Absent.of(parameter)
+            if form is not None and len(form.shape) == 3:
+                # A stack of experts is asked for its shape at any time. A linear map's state would be asked for its
+                # tensors when an adapter is saved.
+                absent.quant_state = form
             found.append((_Weight(module, name, type(parameter), said, form, tuple(places), absent), tensors))
     whole = new_host(size)
     for weight, tensors in found:
         for place, tensor in zip(weight.places, tensors, strict=True):
             place.inside(whole).copy_(tensor)
         weight.module._parameters[weight.name] = weight.absent
+        if hasattr(weight.module, "quant_state"):  # bitsandbytes keeps it twice
+            weight.module.quant_state = None  # type: ignore[assignment]
     return whole, tuple(weight for weight, _ in found)
 
 

@@ -18,6 +18,7 @@ from peft.tuners.lora.layer import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from studio.jobs.base.head_form import formed, head_form_of
 from studio.jobs.base.model_class import backbone_of, class_of
@@ -319,10 +320,11 @@ class Absent(torch.nn.Parameter):
     """A parameter without numbers: it tells its shape and dtype, and raises when it is computed with."""
 
     @staticmethod
-    def of(parameter: Tensor) -> "Absent":
-        """Return a stand-in of the same shape and dtype, on the meta device."""
-        empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-        made: Absent = torch.Tensor._make_subclass(Absent, empty, require_grad=False)
+    def of(parameter: Tensor, device: torch.device | str = "meta") -> "Absent":
+        """Return a stand-in of the same shape and dtype, which says that it is on a device."""
+        with _disable_current_modes():  # a fake tensor has its own class already
+            empty = torch.empty((), dtype=parameter.dtype, device=device).expand(parameter.shape)
+            made: Absent = torch.Tensor._make_subclass(Absent, empty, require_grad=False)
         return made
 
     @classmethod
