@@ -185,6 +185,25 @@ WITH_EXPERTS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 """Mixtures whose routed experts are adapted too, or held in two formats."""
 
+PARTLY = (
+    ("Llama-3.2-1B", {"method": "qlora", "seq_len": 2048, "recompute": 1}),
+    (
+        "Llama-3.2-1B",
+        {
+            **{"method": "lora", "seq_len": 1024, "micro_batch": 2, "dropout": 0.05, "optimizer": "adamw_8bit"},
+            "recompute": 3,
+        },
+    ),
+    (
+        "Qwen2.5-1.5B",
+        {"method": "qlora", "seq_len": 1024, "recompute": 2, "offload_checkpoints": True, "accumulation": 4},
+    ),
+    ("gemma-2-2b", {"method": "qlora", "seq_len": 1024, "recompute": 3, "loss": "full"}),
+    ("gemma-3-1b", {"method": "lora", "seq_len": 768, "recompute": 4}),
+    ("Qwen3-30B-A3B", {"method": "qlora", "seq_len": 512, "recompute": 1}),
+)
+"""Some layers computed again, the others with their activations kept."""
+
 FULL_DEPTH: tuple[tuple[str, dict[str, Any]], ...] = (
     ("Llama-3.1-8B", {"method": "qlora", "seq_len": 2048, "optimizer": "paged_adamw_8bit"}),
     ("Llama-3.1-8B", {"method": "lora", "seq_len": 2048, "optimizer": "paged_adamw_8bit"}),
@@ -227,7 +246,7 @@ def rows() -> Iterator[tuple[str, int | None, dict[str, Any]]]:
             yield model, layers, {**settings, **ATTENTION_ONLY} if of_experts else settings
     for settings in SELDOM:
         yield "Llama-3.2-1B", SHALLOW["Llama-3.2-1B"], settings
-    for model, settings in (*UNTIED, *WITH_EXPERTS):
+    for model, settings in (*UNTIED, *WITH_EXPERTS, *PARTLY):
         yield model, SHALLOW[model], settings
     for model, settings in FULL_DEPTH:
         yield model, None, settings

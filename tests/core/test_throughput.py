@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from dataclasses import replace
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from studio.core.gpu_catalogue import CATALOGUE, card_of_size, find_gpu
-from studio.core.step_work import step_work
+from studio.core.step_work import StepWork, step_work
 from studio.core.throughput import Speed, duration_of, qlora_slowdown, speed_of, time_factor
 from studio.core.vram.setup import Setup
 from tests.bench.bench_speed import crossed, rows
@@ -80,6 +81,19 @@ def test_operations_are_those_of_the_literature():
     for checkpointing, per_weight in (("all", 6), ("none", 4)):
         work = step_work(LLAMA, replace(short, recompute=checkpointing))
         assert work.operations_per_token == pytest.approx(per_weight * layers + head, rel=0.01)
+
+
+def test_time_falls_evenly_with_the_layers_that_are_not_computed_again():
+    again = [work_of(count) for count in ("none", *range(1, LLAMA.layers), "all")]
+    steps = [more.half - less.half for less, more in pairwise(again)]
+    assert steps == pytest.approx([steps[0]] * LLAMA.layers)
+    assert again[-1].layer_passes - again[0].layer_passes == LLAMA.layers
+    offloaded = [work_of(count, offload_checkpoints=True).host_bytes for count in (1, 8, "all")]
+    assert offloaded == pytest.approx([offloaded[0], 8 * offloaded[0], LLAMA.layers * offloaded[0]])
+
+
+def work_of(recompute: Any, **changes: Any) -> StepWork:
+    return step_work(LLAMA, replace(SETUP, recompute=recompute, **changes))
 
 
 def test_what_costs_time():

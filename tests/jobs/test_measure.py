@@ -68,6 +68,7 @@ SLOW = [
     {"method": "qlora", "model__stream": 2},
     {"method": "qlora", "train__accumulation": 2, "train__optimizer": "adamw_8bit"},
     {"method": "qlora", "train__recompute": "none"},
+    {"method": "qlora", "train__recompute": 1},
     *(
         {"method": method, "train__recompute": kept, "train__loss": loss, "model__dtype": dtype}
         for method in ("lora", "qlora")
