@@ -253,6 +253,10 @@ def _print(estimate: VramEstimate, shape: ModelShape, setup: Setup, device: Plan
             say(f"the process will take {size(process.expected)} (range {size(process.low)} to {size(process.high)})")
     else:
         say(f"the card will show {size(peak.expected)} (range {size(peak.low)} to {size(peak.high)})")
+    if estimate.host.weights:
+        layers = min(setup.streamed, shape.layers)
+        of_them = f"{layers} of {shape.layers} layers are streamed"
+        say(f"main memory: {size(estimate.host.weights)} of weights wait there; {of_them}, not yet run on a card")
     if budget is not None:
         name = device.gpu.name if device.gpu and device.gpu.name else "the card"
         say(f"{estimate.verdict(budget)}: {name} has {size(budget)} for it")
@@ -280,6 +284,10 @@ def pace_lines(pace: Pace, setup: Setup) -> list[str]:
     if pace.slowdown is not None and setup.quantised:
         low, usual, high = pace.slowdown
         lines.append(f"4 bit: a step takes {usual:.2f} times as long as in 16 bit ({low:.2f} to {high:.2f})")
+    if pace.copying is not None:
+        low, usual, high = pace.copying
+        price = f"{usual:.2f} times as long as with the base on the card ({low:.2f} to {high:.2f})"
+        lines.append(f"streamed: a step takes {price}; more tokens a micro-batch hide more of the copies")
     return lines
 
 

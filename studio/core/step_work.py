@@ -7,10 +7,12 @@ the layer is computed again. Adapter weights are trained, so they take a third p
 
 from dataclasses import dataclass
 
+from studio.core.placement.streaming import BUFFERS
 from studio.core.shape import EXPERTS_DOWN, EXPERTS_UP, Experts, LayerGroup, ModelShape
 from studio.core.trainable import adapted, target_names, trainable_parameters, trained_tensors
 from studio.core.vram.loop import runs_eager
 from studio.core.vram.setup import Setup
+from studio.core.vram.static import frozen_form, streamed_bytes
 
 _NORM, _RESIDUAL, _ACTIVATION, _ROTARY = 14, 3, 5, 10
 """How often transformers' unfused layers read or write each 16-bit element: in a norm, two of whose steps run in fp32;
@@ -54,6 +56,8 @@ class StepWork:
         moved_bytes: Bytes moved between the products.
         dequantised_bytes: Bytes moved to bring 4-bit weights to 16 bit.
         host_bytes: Bytes of checkpoints that go to main memory and back.
+        copied_bytes: Bytes of streamed weights that come to the card in the forward pass, and again in the backward.
+        forward_share: Share of the computation that is the forward pass.
         layer_passes: Layers times passes through them, each of which the host must launch, however few the tokens.
     """
 
@@ -66,6 +70,8 @@ class StepWork:
     moved_bytes: float
     dequantised_bytes: float
     host_bytes: float
+    copied_bytes: float
+    forward_share: float
     layer_passes: int
 
     @property
@@ -125,8 +131,22 @@ def step_work(shape: ModelShape, setup: Setup) -> StepWork:
         moved_bytes=moved,
         dequantised_bytes=_DEQUANTISED_BYTES * quantised * passes,
         host_bytes=2.0 * offloaded * tokens * shape.hidden * setup.residual_itemsize,
+        copied_bytes=_copied(shape, setup),
+        forward_share=1 / passes,
         layer_passes=round(shape.layers * passes),
     )
+
+
+def _copied(shape: ModelShape, setup: Setup) -> float:
+    """Return the bytes of the streamed layers but for those that a pass finds in the buffers, where the last one ended.
+
+    A pass goes through the layers in the other order than the one before it.
+    """
+    count = min(setup.streamed, shape.layers)
+    if count <= BUFFERS:
+        return 0.0
+    waiting = streamed_bytes(shape, frozen_form(setup.kind), looked_up=False).host
+    return waiting * (count - BUFFERS) / count
 
 
 def _pairs_of_a_token(shape: ModelShape, setup: Setup, names: frozenset[str]) -> float:

@@ -69,6 +69,11 @@ _HOST_BYTES_PER_SECOND = 12e9
 (jobs/train/offload.py), so that their time adds something between nothing and all of it."""
 
 
+_LINKS = (((9, 0), 50e9), ((8, 0), 25e9), ((0, 0), 12e9))
+"""Bytes a second that come to a card from page-locked memory, by its compute capability: PCIe 5.0, 4.0 and 3.0 x16 less
+their protocol. Half of it in a slot with 8 lanes, or in a board of the generation before."""
+
+
 @dataclass(frozen=True, slots=True)
 class Speed:
     """Tokens a second, as lowest, expected and highest, and where the numbers come from."""
@@ -102,8 +107,12 @@ def speed_of(shape: ModelShape, setup: Setup, gpu: Gpu | None) -> Speed | None:
         return None
     sustained = _sustained(gpu)
     work = step_work(shape, setup)
-    expected = work.tokens / _seconds(work, gpu, sustained)
-    return Speed(expected / sustained.spread, expected, expected * sustained.spread, sustained.basis)
+    seconds, link = _seconds(work, gpu, sustained), _link(gpu)
+    slow, usual, fast = (
+        _with_copies(work, seconds * factor, rate)
+        for factor, rate in ((sustained.spread, link / 2), (1.0, link), (1 / sustained.spread, link))
+    )
+    return Speed(work.tokens / slow, work.tokens / usual, work.tokens / fast, sustained.basis)
 
 
 def duration_of(speed: Speed, tokens: float) -> Duration:
@@ -133,6 +142,25 @@ def qlora_slowdown(shape: ModelShape, setup: Setup, gpu: Gpu | None) -> tuple[fl
     return low, usual, high
 
 
+def streaming_slowdown(shape: ModelShape, setup: Setup, gpu: Gpu | None) -> tuple[float, float, float] | None:
+    """Return how many times as long a step takes as with the whole base on the card: least, expected, most.
+
+    Copies hide behind the computation where it takes longer than they do. None as for `speed_of`, and without streamed
+    layers.
+
+    Raises:
+        BadInput: A target does not exist in this model.
+    """
+    if gpu is None or not gpu.rated or not setup.streamed:
+        return None
+    sustained = _sustained(gpu)
+    work = step_work(shape, setup)
+    seconds, link = _seconds(work, gpu, sustained), _link(gpu)
+    ends = ((sustained.spread, link), (1.0, link), (1 / sustained.spread, link / 2))
+    low, usual, high = (_with_copies(work, seconds * factor, rate) / (seconds * factor) for factor, rate in ends)
+    return low, usual, high
+
+
 def time_factor(shape: ModelShape, before: Setup, after: Setup, gpu: Gpu | None) -> tuple[float, float] | None:
     """Return how many times as long an optimizer step takes after a change: least and most.
 
@@ -148,10 +176,10 @@ def time_factor(shape: ModelShape, before: Setup, after: Setup, gpu: Gpu | None)
     ends = (0, 1, 2) if before.quantised != after.quantised else (1,)
     factors = []
     for kind in (_SERVER, _LOW_POWER, _OTHER):
-        unchanged = before.accumulation * _seconds(old, gpu, kind)
+        unchanged = before.accumulation * _with_copies(old, _seconds(old, gpu, kind), _link(gpu))
         for end in ends:
             ended = replace(kind, dequantising=_DEQUANTISING[end])
-            changed = _seconds(new, gpu, ended, launch_4bit=_LAUNCH_4BIT[end])
+            changed = _with_copies(new, _seconds(new, gpu, ended, launch_4bit=_LAUNCH_4BIT[end]), _link(gpu))
             copies = max(0.0, new.host_bytes - old.host_bytes) / _HOST_BYTES_PER_SECOND
             factors += [after.accumulation * seconds / unchanged for seconds in (changed, changed + copies)]
     return min(factors), max(factors)
@@ -164,6 +192,23 @@ def _sustained(gpu: Gpu) -> Sustained:
         if gpu.bandwidth_gb_per_second >= _SERVER_BANDWIDTH:
             return _SERVER
     return _OTHER
+
+
+def _link(gpu: Gpu) -> float:
+    """Return the bytes a second that come to a card from main memory."""
+    return next(rate for capability, rate in _LINKS if gpu.compute_capability >= capability)
+
+
+def _with_copies(work: StepWork, seconds: float, rate: float) -> float:
+    """Return the seconds of a micro-batch with its streamed layers: in each pass the slower of computing and copying.
+
+    Args:
+        work: What it costs.
+        seconds: Of its computation alone.
+        rate: Bytes a second that come to the card.
+    """
+    forward, copies = seconds * work.forward_share, work.copied_bytes / rate
+    return max(forward, copies) + max(seconds - forward, copies)
 
 
 def _seconds(work: StepWork, gpu: Gpu, sustained: Sustained, *, launch_4bit: float = _LAUNCH_4BIT[1]) -> float:

@@ -20,7 +20,7 @@ from studio.core.schedule import total_steps_of
 from studio.core.shape import ModelShape
 from studio.core.sources import drawn_rows
 from studio.core.step_work import step_work
-from studio.core.throughput import Duration, Speed, duration_of, qlora_slowdown, speed_of
+from studio.core.throughput import Duration, Speed, duration_of, qlora_slowdown, speed_of, streaming_slowdown
 from studio.core.vram.estimate import estimate_vram
 from studio.core.vram.report import Range, VramEstimate
 from studio.core.vram.setup import Setup
@@ -45,6 +45,7 @@ class Pace:
         speed: Tokens a second; None where they cannot be estimated.
         why_not: Why they cannot; empty where they can.
         slowdown: How many times as long a step takes in 4 bit as in 16: least, usual, most; None as for the speed.
+        copying: How many times as long it takes with streamed layers as with none; None also where none is streamed.
         steps: Optimizer steps of the run; None without a look at the data.
         tokens: Real tokens of the run: least, usual, most.
         longest: Tokens of the longest row that was looked at; None without a look, and for texts, pairs and mixtures.
@@ -56,6 +57,7 @@ class Pace:
     speed: Speed | None
     why_not: str = ""
     slowdown: tuple[float, float, float] | None = None
+    copying: tuple[float, float, float] | None = None
     steps: int | None = None
     tokens: tuple[float, float, float] | None = None
     longest: tuple[float, float, float] | None = None
@@ -82,10 +84,10 @@ def pace_of(recipe: Recipe, shape: ModelShape, setup: Setup, gpu: Gpu | None, *,
     seen = observations_for(gpu, setup)
     speed = _speed(shape, setup, gpu, seen)
     why_not = "" if speed else _UNKNOWN_CPU if gpu is None else _UNKNOWN_CARD
-    slowdown = qlora_slowdown(shape, setup, gpu)
+    slowdown, copying = qlora_slowdown(shape, setup, gpu), streaming_slowdown(shape, setup, gpu)
     guess = _guess(recipe) if data_known else None
     if guess is None:
-        return Pace(speed, why_not, slowdown, runs=len(seen))
+        return Pace(speed, why_not, slowdown, copying, runs=len(seen))
     steps, tokens = _run_tokens(recipe, guess)
     longest = None if guess.parts or guess.plain or setup.paired else guess.longest_row
     once = reference_share(shape, setup, guess.rows, steps * recipe.rows_per_step)
@@ -99,7 +101,7 @@ def pace_of(recipe: Recipe, shape: ModelShape, setup: Setup, gpu: Gpu | None, *,
         usual = duration_of(speed if recipe.train.packing == "on" else slowest, tokens[1]).expected
         usual = min(max(usual, fast), slow)
         duration = Duration(fast * (1 + once), usual * (1 + once), slow * (1 + once))
-    return Pace(speed, why_not, slowdown, steps, tokens, longest, duration, len(seen), guess.parts)
+    return Pace(speed, why_not, slowdown, copying, steps, tokens, longest, duration, len(seen), guess.parts)
 
 
 def calibrated(estimate: VramEstimate, setup: Setup, gpu: Gpu | None) -> VramEstimate:
@@ -148,6 +150,7 @@ def pace_to_dict(pace: Pace) -> dict[str, Any]:
         "tokens": dict(zip(names, map(round, pace.tokens), strict=True)) if pace.tokens else None,
         "longest_row_tokens": dict(zip(names, map(round, pace.longest), strict=True)) if pace.longest else None,
         "qlora_slowdown": dict(zip(names, pace.slowdown, strict=True)) if pace.slowdown else None,
+        "streaming_slowdown": dict(zip(names, pace.copying, strict=True)) if pace.copying else None,
         "calibration_runs": pace.runs,
         "sources": [{"path": path, "rows": rows, "tokens": round(tokens)} for path, rows, tokens in pace.sources],
     }

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from studio.core.gpu_catalogue import CATALOGUE, card_of_size, find_gpu
 from studio.core.step_work import StepWork, step_work
-from studio.core.throughput import Speed, duration_of, qlora_slowdown, speed_of, time_factor
+from studio.core.throughput import Speed, duration_of, qlora_slowdown, speed_of, streaming_slowdown, time_factor
 from studio.core.vram.setup import Setup
 from tests.bench.bench_speed import crossed, rows
 from tests.core.published_speed import compared_speeds, model
@@ -184,3 +184,22 @@ def test_hours():
 def test_more_rows_are_never_slower_per_token(batch: int, length: int, method: str, again: Any, card: str):
     setup = Setup(method=method, micro_batch=batch, seq_len=length, recompute=again)  # type: ignore[arg-type]
     assert expected(replace(setup, micro_batch=batch + 1), card) >= expected(setup, card) * (1 - 1e-9)
+
+
+def test_copies_of_streamed_layers_hide_behind_enough_tokens() -> None:
+    gpu, streamed = find_gpu("A100 80GB"), replace(SETUP, stream=32)
+    assert streaming_slowdown(LLAMA, SETUP, gpu) is None
+    least, few, most = streaming_slowdown(LLAMA, replace(streamed, seq_len=512), gpu) or (0, 0, 0)
+    assert 1 < few <= most
+    assert least <= few
+    assert streaming_slowdown(LLAMA, replace(streamed, micro_batch=8), gpu) == (1.0, 1.0, 1.0)
+    # Where nothing hides, a micro-batch takes as long as its copies: all layers but two, forward and backward.
+    plain = LLAMA.parameters - 2 * LLAMA.embedding_parameters
+    speed = speed_of(LLAMA, replace(streamed, seq_len=16), gpu)
+    assert speed is not None
+    assert 16 / speed.expected == pytest.approx(2 * 2 * plain * (30 / 32) / 25e9, rel=0.01)
+    four_bit = streaming_slowdown(LLAMA, replace(streamed, method="qlora", seq_len=512), gpu) or (0, 0, 0)
+    assert four_bit[1] < few, "a quarter of the bytes"
+    assert expected(replace(streamed, stream=2)) == expected(SETUP), "two layers stay in their buffers"
+    low, high = time_factor(LLAMA, SETUP, replace(streamed, seq_len=2048), gpu) or (0, 0)
+    assert 1 <= low <= high

@@ -11,6 +11,7 @@ from studio.core.recipe import Recipe
 from studio.jobs.base.device import card_used
 from studio.jobs.base.precision import choose_precision
 from studio.jobs.base.progress import PhaseTeller
+from studio.jobs.base.weights.streamed import Absent
 from studio.jobs.measure.step import run_steps
 from studio.jobs.measure.storages import PAGED, Peaks
 from studio.jobs.measure.weightless import frozen_tensors
@@ -19,7 +20,7 @@ from studio.jobs.train.memory import limit_memory
 from studio.jobs.train.objectives.of_recipe import objective_of
 from studio.jobs.train.optimizer import optimizer_of
 from studio.jobs.train.step_model import StepModel
-from studio.jobs.train.trainable_model import trainable_model
+from studio.jobs.train.trainable_model import stream_base, trainable_model
 from studio.probe.device import place_of
 from studio.probe.models import find_base, refuse_untrainable
 from studio.runs.worker import Worker
@@ -161,9 +162,11 @@ def train_longest(worker: Worker, recipe: Recipe, device: torch.device, counters
     refuse_untrainable(base, recipe.method)
     tell = PhaseTeller(worker.emit)
     model, _, _ = trainable_model(recipe, base, device, precision, worker=worker, tell=tell, checkpoint=None)
+    streamed = stream_base(recipe, model, device, worker=worker, tell=tell)
     trained = [p for p in model.parameters() if p.requires_grad]
     known = {id(p) for p in trained}
-    meter.claim((t for t in frozen_tensors(model) if id(t) not in known), "base")
+    frozen = (t for t in frozen_tensors(model) if id(t) not in known and not isinstance(t, Absent))
+    meter.claim([*frozen, *(streamed.buffers if streamed else ())], "base")
     meter.claim(trained, "adapter")
     step_model = StepModel(model, recipe.train.loss, precision.autocast, objective_of(recipe))
     vocabulary = cast(Any, step_model.causal).get_input_embeddings().weight.shape[0]

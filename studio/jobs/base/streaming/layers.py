@@ -136,6 +136,11 @@ class StreamedLayers:
         self._ring = Ring(self._sources, self._new_buffer, min(BUFFERS, len(numbers)), queues)
         self.lender: Lender = self._ring
 
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """The buffers on the card."""
+        return self._ring.buffers
+
     @contextmanager
     def fresh_buffers(self) -> Iterator[None]:
         """Lend every layer, inside the context, in a new buffer that nothing else ever uses."""

@@ -144,6 +144,11 @@ class Ring:
         self._slots: list[_Slot] = []
         self.begin()
 
+    @property
+    def buffers(self) -> tuple[Any, ...]:
+        """All buffers."""
+        return tuple(slot.buffer for slot in self._slots)
+
     def take(self, layer: int, way: Way) -> Any:
         """Return the buffer with a layer's weights for the computation that is given next; begin to copy what follows.
 
