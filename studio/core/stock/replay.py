@@ -23,7 +23,7 @@ from studio.core.stock.setup import StockSetup, loads_in_threads
 from studio.core.trainable import trained_tensors, whole_tensors
 from studio.core.vram.decoder_layer import LayerPass, layer_pass
 from studio.core.vram.head import Loss, head_pass
-from studio.core.vram.loop import Loop, at_length, mask_count, own_loop
+from studio.core.vram.loop import Loop, at_size, mask_count, own_loop
 from studio.core.vram.modules import Kernel
 from studio.core.vram.setup import Setup
 from studio.core.vram.static import base_bytes, frozen_form, quantised_parts, resident_state
@@ -91,7 +91,7 @@ class _Training:
         trained: list[int],
         workspace: int,
     ) -> None:
-        loop = at_length(_loop_of(shape, setup, kernel), shape, setup.seq_len)
+        loop = at_size(_loop_of(shape, setup, kernel), shape, setup)
         rank = max((setup.rank, *(rank for _, rank in setup.rank_pattern)))
         numbers = setup.tokens, setup.squares, rank
         self._allocator = allocator

@@ -12,6 +12,7 @@ from studio.core.vram.mixers import mixed
 from studio.core.vram.modules import LayerTraits, Modules
 from studio.core.vram.polynomial import Polynomial
 from studio.core.vram.tape import Events, Tape, Tensor, marks, recomputed, run_backward
+from studio.core.vram.tiles import dense
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -189,7 +190,7 @@ def _streamed(run: Modules, layer: Layer, x: Tensor) -> Tensor:
     gated = op.add(active, attended)
     both = op.scale(op.add(gated, beside))
     into = run.norm(layer, both)
-    fed = run.mlp(layer, into)
+    fed = dense(run, layer, into)
     back = run.norm(layer, fed)
     activated = op.add(both, back)
     out = gemma.corrected(run, layer, predictions, activated)
@@ -229,9 +230,9 @@ def _sequential(run: Modules, layer: Layer, x: Tensor) -> Tensor:
 
 def _fed_by_both(run: Modules, layer: Layer, residual: Tensor, normed: Tensor) -> Tensor:
     """Return the sum of a dense MLP and of experts, each between norms of its own (Gemma4TextDecoderLayer)."""
-    dense = run.norm(layer, run.mlp(layer, normed))
-    sparse = run.norm(layer, routed(run, layer, run.norm(layer, residual)))
-    return op.add(dense, sparse)
+    of_all = run.norm(layer, dense(run, layer, normed))
+    of_chosen = run.norm(layer, routed(run, layer, run.norm(layer, residual)))
+    return op.add(of_all, of_chosen)
 
 
 def _parallel(run: Modules, layer: Layer, x: Tensor) -> Tensor:

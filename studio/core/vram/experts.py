@@ -10,6 +10,7 @@ from studio.core.vram import operators as op
 from studio.core.vram.modules import Modules
 from studio.core.vram.polynomial import Polynomial
 from studio.core.vram.tape import Tensor
+from studio.core.vram.tiles import dense
 
 _WEIGHTS_PER_SCALE = 64
 """bitsandbytes' block size: as many weights are dequantised by one fp32 scale."""
@@ -20,7 +21,7 @@ _INDEX_BYTES = 8
 def feed_forward(run: Modules, layer: Layer, x: Tensor) -> Tensor:
     """Return what a layer's MLP, its experts or both make of x."""
     if not layer.experts:
-        return run.mlp(layer, x)
+        return dense(run, layer, x)
     if layer.experts.given_all:
         return given_all(run, layer, x)
     out = routed(run, layer, x)

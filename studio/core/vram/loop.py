@@ -5,6 +5,7 @@ from functools import lru_cache
 
 from studio.core.gpu_catalogue import Gpu
 from studio.core.shape import EXPERTS_DOWN, EXPERTS_UP, ModelShape
+from studio.core.tiles import tile_tokens
 from studio.core.trainable import AS_PEFT, HEAD, target_names
 from studio.core.vram.gemma import around_streams
 from studio.core.vram.head import ChunkedLoss, LigerLoss, Loss, WholeLoss
@@ -103,10 +104,15 @@ def own_loop(shape: ModelShape, kind: Setup, kernel: Kernel) -> Loop:
     )
 
 
+def at_size(loop: Loop, shape: ModelShape, setup: Setup) -> Loop:
+    """Return the loop for a micro-batch; the same loop where layers depend neither on the rows' length nor on tiles."""
+    tiled = setup.engine == "studio" and not setup.compile
+    return _at_size(loop, shape.mixes_by_state * setup.seq_len, tiled * tile_tokens(setup.tokens))
+
+
 @lru_cache(maxsize=256)
-def at_length(loop: Loop, shape: ModelShape, length: int) -> Loop:
-    """Return the loop for rows of a length; the same loop for a model whose layers do not depend on it."""
-    return replace(loop, traits=replace(loop.traits, length=length)) if shape.mixes_by_state else loop
+def _at_size(loop: Loop, length: int, tile: int) -> Loop:
+    return replace(loop, traits=replace(loop.traits, length=length, tile=tile)) if length or tile else loop
 
 
 @lru_cache(maxsize=256)

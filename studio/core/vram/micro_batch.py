@@ -14,7 +14,7 @@ from studio.core.shape import ModelShape
 from studio.core.vram.decoder_layer import decoder_layer, first_adapted, layer_pass, recomputed_marks
 from studio.core.vram.gemma import left_behind_keys
 from studio.core.vram.head import HeadMarks, head_marks
-from studio.core.vram.loop import Loop, at_length, mask_count, trains_layers
+from studio.core.vram.loop import Loop, at_size, mask_count, trains_layers
 from studio.core.vram.modules import LayerTraits
 from studio.core.vram.polynomial import NOTHING, Heights, Polynomial, heights, largest, total, uncovered
 from studio.core.vram.setup import Setup
@@ -222,7 +222,7 @@ def activations_of(shape: ModelShape, setup: Setup, loop: Loop, copies: int) -> 
     # With a rank pattern every linear map counts with the largest rank: activations grow little with the rank.
     rank = max(setup.rank, *(rank for _, rank in setup.rank_pattern)) if setup.rank_pattern else setup.rank
     kind, tokens, squares = loop.kind, setup.tokens, setup.squares
-    batch = micro_batch(shape, at_length(loop, shape, setup.seq_len))
+    batch = micro_batch(shape, at_size(loop, shape, setup))
     found = batch.of_rank(rank).at(tokens, squares)
     kept, whole, checkpoint, forward, blocks, backward, first_backward, evaluation = found[:8]
     loss, loss_backward, head_evaluation = found[8:]

@@ -63,6 +63,7 @@ class LayerTraits:
             held until its backward ends. If not, computing again stops as soon as everything is saved again.
         length: Tokens per row; 0 where a layer's sizes do not depend on it.
         fused_mixers: Whether kernels mix tokens by state and keep nothing but what they are given and what they give.
+        tile: Tokens that a dense MLP takes at once in checkpointed layers and in evaluations; 0 for all.
     """
 
     arithmetic: Arithmetic
@@ -79,6 +80,7 @@ class LayerTraits:
     recomputes_whole: bool = False
     length: int = 0
     fused_mixers: bool = False
+    tile: int = 0
 
     def modules(self, tape: Tape, shape: ModelShape, *, checkpointed: bool = False) -> "Modules":
         """Return the modules of one symbolic pass."""

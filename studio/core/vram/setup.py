@@ -38,6 +38,7 @@ class Setup:
             adapter. `auto` counts as all until `studio.core.placement.auto` has made it a number.
         attention: Fused kernels or S x S matrices.
         loss: Whole logits, or a head taken in chunks (by this program's loop or by liger's kernel).
+        compile: Whether layers are compiled; they then take long rows whole, not in tiles.
         offload_checkpoints: Whether the layers' inputs wait for the backward in host memory.
         modules_to_save: Modules trained whole, beside the adapter (peft's `modules_to_save`).
         skip_modules: Modules that stay in 16 bit beside quantised ones, as transformers names them.
@@ -66,6 +67,7 @@ class Setup:
     recompute: Recompute = "all"
     attention: Attention = "sdpa"
     loss: Loss = "chunked"
+    compile: bool = False
     offload_checkpoints: bool = False
     modules_to_save: tuple[str, ...] = ()
     skip_modules: tuple[str, ...] = ()

@@ -31,6 +31,7 @@ from studio.jobs.base.model_class import class_of, is_plain, odd_linears
 from studio.jobs.base.weights.pissa import difference
 from studio.jobs.train.guards import check_adapter
 from studio.jobs.train.served import check_folder
+from studio.jobs.train.tiles import tile_mlps
 from studio.runs.atomic import publish_folder
 from studio.runs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
@@ -79,6 +80,7 @@ def attach_adapter(base: nn.Module, section: AdapterSection, *, recompute: Recom
         _checkpoint_layers(model.get_base_model())
     if isinstance(recompute, int):
         _checkpoint_first(model.get_base_model(), recompute)
+    tile_mlps(model.get_base_model())
     return model
 
 
