@@ -97,6 +97,7 @@ def _with_adapter(folder: Path, recipe: Recipe | None, base: str, base_only: boo
         quant_type=model.quant_type,
         double_quant=model.double_quant,
         skip_modules=model.skip_modules,
+        streamed=model.stream if isinstance(model.stream, int) else 0,
         attention=recipe.train.attention,
         device=device,
         data_format=recipe.data.format if recipe.data.format != "auto" else "chat",

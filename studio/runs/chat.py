@@ -27,6 +27,7 @@ class ChatRequest:
         quant_type: QLoRA's 4-bit code.
         double_quant: Whether the scales are quantised too.
         skip_modules: What stays in 16 bit, as in a recipe.
+        streamed: How many decoder layers wait in main memory.
         attention: Which attention implementation.
         device: As in a recipe.
         data_format: Format of the training data, which decides the plain template of a model without a chat template.
@@ -46,6 +47,7 @@ class ChatRequest:
     quant_type: str = "nf4"
     double_quant: bool = True
     skip_modules: tuple[str, ...] = ()
+    streamed: int = 0
     attention: str = "sdpa"
     device: str = "auto"
     data_format: str = "chat"

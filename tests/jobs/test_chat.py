@@ -74,8 +74,9 @@ def adapter(tmp_path: Path, base: Path) -> Path:
     return make_adapter(tmp_path / "adapter", base, target_modules="all-linear")
 
 
-def test_both_sides_answer_as_the_libraries_do(base: Path, adapter: Path) -> None:
-    session = _load(ChatRequest(str(base), str(adapter), dtype="fp32"))
+@pytest.mark.parametrize("streamed", [0, 2])
+def test_both_sides_answer_as_the_libraries_do(base: Path, adapter: Path, streamed: int) -> None:
+    session = _load(ChatRequest(str(base), str(adapter), dtype="fp32", streamed=streamed))
     assert session.sides == ("tuned", "base")
     tuned, plain = _meant(base, adapter), _meant(base, None)
     assert tuned != plain

@@ -84,6 +84,7 @@ class Session:
             attention=request.attention if device.type == "cuda" else "sdpa",  # type: ignore[arg-type]
             device=device,
             trust_remote_code=request.trust_remote_code,
+            streamed=request.streamed,
             progress=tell,
         )
         folder = base_folder(base)
@@ -92,6 +93,10 @@ class Session:
             tell("loading the adapter", None)
             folder, self._adapted = self._attach(loaded, Path(request.adapter), folder)
         self._model: Any = self._adapted or loaded
+        if request.streamed:
+            from studio.jobs.base.streaming.base import stream_from_here  # noqa: PLC0415  bitsandbytes is 47 MB
+
+            stream_from_here(self._model, request.streamed, device)
         self._model.eval()
         self.tokenizer = load_tokenizer(folder, trust_remote_code=request.trust_remote_code)
         ensure_template(self.tokenizer, request.data_format, self.notes.append)

@@ -34,9 +34,8 @@ from studio.jobs.base.load import base_folder, family_of, four_bit_of, load_base
 from studio.jobs.base.model_class import class_of, is_plain
 from studio.jobs.base.precision import Precision
 from studio.jobs.base.progress import PhaseTeller
-from studio.jobs.base.streaming.base import stream
-from studio.jobs.base.streaming.host import locked_memory
-from studio.jobs.base.streaming.layers import StreamedLayers, ordinary_bytes
+from studio.jobs.base.streaming.base import stream_from_here
+from studio.jobs.base.streaming.layers import StreamedLayers
 from studio.jobs.base.weights.folder_weights import FolderWeights
 from studio.jobs.base.weights.tensor_files import TensorFiles
 from studio.jobs.train.adapter import AdapterWeights, adapter_weights, attach_adapter, checkpointed
@@ -153,15 +152,11 @@ def stream_base(
     if not streamed_of(recipe):
         return None
     tell("packing the streamed layers")
-    memory = locked_memory() if device.type == "cuda" else None
-    streamed = stream(model, streamed_of(recipe), device, new_host=memory.new if memory else ordinary_bytes)
+    streamed, note = stream_from_here(model, streamed_of(recipe), device)
     said = f"{streamed.count} layers of {streamed.host_bytes / 2**30:.2f} GiB wait in main memory"
     tell("packing the streamed layers", 1.0, detail=said)
-    if memory and (note := memory.said()):
+    if note:
         worker.emit(Warned, topic="streaming", message=note)
-    if device.type != "cuda":
-        why = f"on a {device.type} all weights are in main memory anyway: streaming only copies them"
-        worker.emit(Warned, topic="streaming", message=f"model.stream saves nothing: {why}")
     return streamed
 
 

@@ -17,6 +17,7 @@ from transformers import core_model_loading, modeling_utils
 from studio.core.placement.streaming import streamed_layers
 from studio.jobs.base.model_class import decoder_layers
 from studio.jobs.base.streaming.four_bit import on_device
+from studio.jobs.base.streaming.host import locked_memory
 from studio.jobs.base.streaming.layers import NewBytes, StreamedLayers, is_matrix, ordinary_bytes
 from studio.jobs.base.streaming.ring import CardQueues, HostQueues
 from studio.jobs.base.swapped import swapped
@@ -120,6 +121,24 @@ def stream(
         if not isinstance(parameter, Absent) and parameter.device != device:
             parameter.data = parameter.data.to(device)
     return made
+
+
+def stream_from_here(model: nn.Module, count: int, device: torch.device) -> tuple[StreamedLayers, str]:
+    """Let the layers of a loaded base be streamed from this machine's memory.
+
+    Args:
+        model: The base, with an adapter or without.
+        count: How many decoder layers, at most.
+        device: Where they are computed.
+
+    Returns:
+        The layers, and what the user should know of where they wait; empty where all is page-locked.
+    """
+    if device.type != "cuda":
+        why = f"on a {device.type} all weights are in main memory anyway: streaming only copies them"
+        return stream(model, count, device), f"model.stream saves nothing: {why}"
+    memory = locked_memory()
+    return stream(model, count, device, new_host=memory.new), memory.said()
 
 
 def look_up(embedding: nn.Embedding, device: torch.device) -> None:

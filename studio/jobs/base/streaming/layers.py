@@ -12,6 +12,8 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -117,7 +119,7 @@ class StreamedLayers:
             new_buffer: Makes a buffer on the card.
         """
         every = decoder_layers(model.get_base_model() if isinstance(model, PeftModel) else model)
-        shared = _shared(model)
+        kept = _shared(model) | _of_adapters(model)
         self._sources: list[Tensor] = []
         self._weights: list[tuple[_Weight, ...]] = []
         self._views: dict[tuple[int, int], list[nn.Parameter]] = {}
@@ -125,7 +127,7 @@ class StreamedLayers:
         for place, number in enumerate(numbers):
             _, layer = every[number]
             show_products(layer)
-            source, weights = _packed(layer, shared, new_host)
+            source, weights = _packed(layer, kept, new_host)
             self._sources.append(source)
             self._weights.append(weights)
             self._hook(layer, place)
@@ -224,13 +226,13 @@ def is_matrix(parameter: nn.Parameter) -> bool:
     return parameter.dim() >= 2
 
 
-def _packed(layer: nn.Module, shared: set[int], new_host: NewBytes) -> tuple[Tensor, tuple[_Weight, ...]]:
+def _packed(layer: nn.Module, kept: set[int], new_host: NewBytes) -> tuple[Tensor, tuple[_Weight, ...]]:
     """Move a layer's weights into one piece of memory; return it, and where they are in it."""
     found: list[tuple[_Weight, list[Tensor]]] = []
     size = 0
     for module in layer.modules():
         for name, parameter in module._parameters.items():
-            if parameter is None or not is_matrix(parameter) or parameter.requires_grad or id(parameter) in shared:
+            if parameter is None or not is_matrix(parameter) or parameter.requires_grad or id(parameter) in kept:
                 continue
             state = getattr(parameter, "quant_state", None)
             tensors = [plain(parameter), *(() if state is None else tensors_of(state))]
@@ -262,6 +264,18 @@ def _shared(model: nn.Module) -> set[int]:
     for _, parameter in model.named_parameters(remove_duplicate=False):
         (shared if id(parameter) in seen else seen).add(id(parameter))
     return shared
+
+
+def _of_adapters(model: nn.Module) -> set[int]:
+    """Return the identities of what peft has added, which a chat has frozen, too."""
+    added = (
+        getattr(module, name)
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        for name in module.adapter_layer_names
+        if hasattr(module, name)
+    )
+    return {id(parameter) for part in added if isinstance(part, nn.Module) for parameter in part.parameters()}
 
 
 def _first_floating(values: Sequence[Any]) -> Tensor | None:
