@@ -12,9 +12,12 @@ from transformers import AutoTokenizer
 from studio.core.recipe import Recipe
 from studio.jobs.audit import answers as answers_job
 from studio.jobs.audit.answer_models import AnswerModels
+from studio.probe.adapter_folder import find_adapter
 from studio.probe.audit import audit_of_run
+from studio.probe.models import find_base
 from studio.runs.control import request as ask
 from studio.runs.control import withdraw
+from studio.runs.job import read_job
 from studio.runs.layout import RunPaths
 from studio.runs.requests import AuditRequest
 from tests.fakes.tiny_model import make_tiny_model
@@ -93,6 +96,21 @@ def test_every_form_answers_as_it_would_alone(report: dict[str, Any], trained: R
     for row in found["rows"]:
         for name, model in models.items():
             assert row["answers"][name]["text"] == plain_answer(model, tokenizer, row["prompt"]), name
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_streamed_forms_answer_the_same(trained: RunPaths) -> None:
+    recipe = read_job(trained, Recipe)
+    assert recipe is not None
+    base, adapter = find_base(recipe.model.base), find_adapter(trained.adapter)
+    whole, streamed = (
+        AnswerModels(base, adapter, recipe.with_("model.stream", layers), dtype=torch.float32).forms([])
+        for layers in ("off", 2)
+    )
+    ids = torch.arange(5, 12)[None]
+    for one, other in zip(whole, streamed, strict=True):
+        assert torch.equal(one.open().eval()(ids).logits, other.open().eval()(ids).logits), one.name
 
 
 @pytest.mark.slow

@@ -3,13 +3,14 @@
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from studio.core.errors import BadInput
+from studio.core.placement.streaming import BUFFERS
 from studio.core.recipe import Method, Recipe
 from studio.core.text import plain
 from studio.jobs.audit.variants import AdapterForms
@@ -81,6 +82,8 @@ class AnswerModels:
         self._forms = AdapterForms(weights, skeleton, self._quant, kept=self._quant.skip)
         self._whole = sum(parameter.numel() for parameter in weights.clean.parameters())
         self.device = job_device("auto")
+        self._streamed = recipe.model.stream if isinstance(recipe.model.stream, int) else 0
+        self._on_device = self._whole - self._waiting(weights.clean)
         self.dtype = dtype or _dtype(self.device, self._whole)
         self.rounded = f"tuned, {self._forms.form.name}"
         self.trained = self.rounded if recipe.method == "qlora" else TUNED
@@ -106,20 +109,21 @@ class AnswerModels:
         Raises:
             BadInput: A merged folder is no model.
         """
-        whole, form = self._whole * self.dtype.itemsize, self._forms.form
+        whole, form = self._on_device * self.dtype.itemsize, self._forms.form
         rounded = self._forms.rounded_weights
         small = rounded * form.bits / 8 + (self._whole - rounded) * self.dtype.itemsize
+        small *= self._on_device / self._whole
         made = [
-            AnswerModel(BASE, "the 16-bit base without the adapter", partial(self._load, "lora"), whole),
-            AnswerModel(TUNED, "adapter on the 16-bit base", partial(self._tuned, "lora"), whole),
-            AnswerModel(self.rounded, f"adapter on the {form.name} base", partial(self._tuned, "qlora"), small),
-            AnswerModel(MERGED, "merged into the 16-bit base", self._merged, whole),
+            AnswerModel(BASE, "the 16-bit base without the adapter", self._opened(self._load, "lora"), whole),
+            AnswerModel(TUNED, "adapter on the 16-bit base", self._opened(self._tuned, "lora"), whole),
+            AnswerModel(self.rounded, f"adapter on the {form.name} base", self._opened(self._tuned, "qlora"), small),
+            AnswerModel(MERGED, "merged into the 16-bit base", self._opened(self._merged), whole),
         ]
         for folder in map(Path, merged):
             found = find_base(str(folder))
             name = plain(folder.name, one_line=True, limit=40)
             title = f"the model in {plain(str(folder), one_line=True)}"
-            made.append(AnswerModel(f"given: {name}", title, partial(self._load, "lora", found), whole))
+            made.append(AnswerModel(f"given: {name}", title, self._opened(self._load, "lora", found), whole))
         return made
 
     def why_not(self, form: AnswerModel) -> str:
@@ -135,6 +139,28 @@ class AnswerModels:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def _waiting(self, clean: nn.Module) -> int:
+        """Return how many weights a card does not hold, because their layers are streamed."""
+        if not self._streamed or self.device.type != "cuda":
+            return 0
+        from studio.jobs.base.streaming.base import waiting_bytes, waiting_in  # noqa: PLC0415  as below
+
+        waiting = waiting_bytes(clean, waiting_in(clean, self._streamed), 1, 1)
+        return int(waiting * max(0.0, 1 - BUFFERS / self._streamed))
+
+    def _opened(self, load: Callable[..., Any], *given: Any) -> Callable[[], Any]:
+        """Return what loads a model, its layers streamed as in the training."""
+
+        def opened() -> Any:
+            model = load(*given)
+            if self._streamed:
+                from studio.jobs.base.streaming.base import stream_from_here  # noqa: PLC0415  as below
+
+                stream_from_here(model, self._streamed, self.device)
+            return model
+
+        return opened
+
     def _load(self, method: Method, base: BaseFound | None = None) -> Any:
         section = self._recipe.model
         return load_base(
@@ -145,6 +171,7 @@ class AnswerModels:
             attention="sdpa",
             device=self.device,
             trust_remote_code=section.trust_remote_code,
+            streamed=self._streamed,
         )
 
     def _tuned(self, method: Method) -> Any:
