@@ -13,6 +13,7 @@ from bitsandbytes.functional import quantize_4bit
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from studio.core import tiles
 from studio.core.errors import JobFailed
 from studio.core.gpu_catalogue import GIB
 from studio.core.recipe import AdapterSection, Recipe
@@ -141,6 +142,13 @@ MORE: dict[str, tuple[Any, dict[str, Any]]] = {
 def test_the_same_bits(case: str) -> None:
     numbers, how = (CASES | MORE)[case]
     same(llama(**how), numbers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_the_same_bits_where_mlps_go_in_tiles(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "TILE_TOKENS", 8)
+    same(llama(method=method, dropout=0.3), range(4))
 
 
 def test_bitsandbytes_own_product_would_train_on_other_weights(monkeypatch: pytest.MonkeyPatch) -> None:
