@@ -20,6 +20,7 @@ from studio.probe.models import BaseFound, refuse_untrainable
 from studio.probe.plan import plan_for
 from studio.probe.preflight import check_training
 from studio.probe.resume import check_resume
+from studio.probe.space import check_memory
 from studio.runs.job import TRAIN, J, Job, kind_of
 from studio.runs.layout import RunPaths
 from studio.runs.requests import AuditRequest, ExportRequest, MeasureRequest, MergeRequest
@@ -103,6 +104,10 @@ def _check_training(recipe: Recipe, progress: Progress) -> Checked[Recipe]:
     for path in ("train.recompute", "model.stream"):
         if recipe.get(path) == "auto":
             recipe = recipe.with_(path, said[path.rpartition(".")[2]])
+    waiting = plan.get("host_parts", {}).get("weights", 0)
+    if waiting and plan.get("card"):
+        advice = "stream fewer layers (model.stream), take method qlora, or close what uses the memory."
+        check_memory(waiting, "the streamed layers wait in main memory and need about", advice)
     return Checked(recipe, report.place, report.notes, plan)
 
 

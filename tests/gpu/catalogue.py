@@ -89,6 +89,10 @@ CHECKS: tuple[Check, ...] = (
     ),
     _named("train", "training:compiled", "compiled layers: the same losses", limit=300),
     _named("train", "training:offloaded_run", "checkpoints on the host: the same losses in less memory", limit=240),
+    *(
+        _named("train", "training:streamed_run", f"{method} with streamed layers: the same losses", method, limit=240)
+        for method in METHODS
+    ),
     *(_named("train", "training:embedded", f"{method} on the embedded model", method, limit=240) for method in METHODS),
     _named("serve", "serving:generation", "generation: the tokens of whole forward passes"),
     *(_named("serve", "serving:chat", f"chat, {method}: both sides answer", method) for method in METHODS),

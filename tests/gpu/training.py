@@ -226,6 +226,28 @@ def offloaded_run(bench: Bench) -> Seen:
     return Seen(f"{said}; peak {mib(before)} -> {mib(after)} MiB", (), {"peak_bytes": before, "offloaded_bytes": after})
 
 
+def streamed_run(bench: Bench, method: str) -> Seen:
+    """A base of which all layers but one pass through buffers: the same losses, less memory, and what it costs in time.
+
+    The run itself compares its gradients with those of copies that are waited for, before its first step.
+    """
+    recipe = bench.long(train__recompute="all", train__steps=4, method=method)
+    if not bench.rehearsed:
+        need_embedded(bench)
+    layers = 1 if bench.rehearsed else 29
+    whole, streamed = (bench.run(recipe.with_("model.stream", word)) for word in ("off", layers))
+    said = close(streamed.train.losses, whole.train.losses, 0.0 if bench.rehearsed else 1e-2)
+    if bench.rehearsed:
+        assert _said(streamed, "streaming"), "a CPU saves nothing, and the run says so"
+        return Seen(f"rehearsed: {said}; a CPU saves nothing and says so")
+    before, after = (highest(history, "peak") for history in (whole, streamed))
+    assert after < before, f"peak {mib(before)} MiB on the card, {mib(after)} with streamed layers"
+    rates = [history.tokens_per_second or 0 for history in (whole, streamed)]
+    figures = {"peak_bytes": before, "streamed_bytes": after, "tokens_per_second": rates[0], "streamed_rate": rates[1]}
+    shown = f"peak {mib(before)} -> {mib(after)} MiB, {rates[0]:.0f} -> {rates[1]:.0f} tokens/s"
+    return Seen(f"{said}; {shown}", (), figures)
+
+
 def embedded(bench: Bench, method: str) -> Seen:
     """Ten steps on the embedded model: it learns; speed and memory as every counter saw them."""
     if not bench.rehearsed:

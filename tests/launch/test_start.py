@@ -80,6 +80,18 @@ def test_a_run_keeps_how_many_layers_are_computed_again(data: Path, tmp_path: Pa
     assert (plan["setup"]["recompute"], plan["fits"]) == (kept, True)
 
 
+def test_a_run_keeps_how_many_layers_are_streamed(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe().with_("data.path", str(data)).with_("model.stream", "auto").with_("device.device", "cpu")
+    plan: dict[str, Any] = {"setup": {"stream": 7, "recompute": "all"}, "card": {"name": "X"}}
+    plan["host_parts"] = {"weights": 10**15, "checkpoints": 0}
+    monkeypatch.setattr("studio.launch.kinds.plan_for", lambda *given, **named: plan)
+    with pytest.raises(BadInput, match="wait in main memory and need about 1000000"):
+        start(recipe, tmp_path / "runs", module=MODULE)
+    plan["host_parts"]["weights"] = 10**6
+    paths = start(recipe, tmp_path / "runs", module=MODULE, environment=fake_environment(steps=1))
+    assert read_job(paths, Recipe).model.stream == 7
+
+
 def test_who_interrupts_the_start_wants_no_run(data: Path, tmp_path: Path) -> None:
     def popen(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt

@@ -160,7 +160,7 @@ REASONS = (
         matters=True,
     ),
     Reason(
-        "weights on the card are those that a step needs: train.offload_checkpoints is what waits in main memory",
+        "model.stream and train.offload_checkpoints say what waits in main memory: layers of the base, or checkpoints",
         "use_kt kt_* chunk_size cpu_infer offload_folder offload_*",
         matters=True,
     ),
