@@ -72,7 +72,7 @@ class LinePlot(Widget):
 
         Args:
             curves: What can be drawn; their keys are what `extend` and `replace` take.
-            title: First words of the row of names, such as the quantity and its unit.
+            title: The quantity and its unit: on the border where there is one, else first in the row of names.
             x_label: What x counts, written after the last tick.
             from_zero: Keep zero on the y axis.
             id: Widget id.
@@ -80,7 +80,7 @@ class LinePlot(Widget):
         """
         super().__init__(id=id, classes=classes)
         self._curves = tuple(curves)
-        self._title = title
+        self._title, self.border_title = title, title.capitalize()
         self._picture = LinePicture(curves, x_label=x_label, from_zero=from_zero)
         self._looks: dict[int, Style] = {}
         self._rows: list[CellRow] = []
@@ -204,7 +204,7 @@ class LinePlot(Widget):
         return Strip([Segment(text, self._style(look)) for text, look in row.runs()], len(row.text))
 
     def _legend(self, width: int) -> Strip:
-        segments = [Segment(self._title, self.get_component_rich_style("line-plot--title"))]
+        segments = [Segment("" if self.gutter.top else self._title, self.get_component_rich_style("line-plot--title"))]
         for curve in self._curves:
             if self._picture.has_points(curve.key):
                 sign = Segment(f"  {_SIGNS[curve.look]} ", self._style(curve.cell_look))

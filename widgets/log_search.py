@@ -36,6 +36,7 @@ class LogSearch(Vertical):
     def __init__(self, *, keep: int = 2000, empty: str = "", id: str | None = None) -> None:  # noqa: A002  Textual's
         """Show at most the newest `keep` lines, and `empty` where there is none."""
         super().__init__(id=id)
+        self.border_title = "Log"
         self._log_view = LogView(keep=keep, empty=empty)
         self._opened = False
 

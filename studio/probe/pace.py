@@ -85,7 +85,7 @@ def pace_of(recipe: Recipe, shape: ModelShape, setup: Setup, gpu: Gpu | None, *,
     speed = _speed(shape, setup, gpu, seen)
     why_not = "" if speed else _UNKNOWN_CPU if gpu is None else _UNKNOWN_CARD
     slowdown, copying = qlora_slowdown(shape, setup, gpu), streaming_slowdown(shape, setup, gpu)
-    guess = _guess(recipe) if data_known else None
+    guess = guess_of(recipe) if data_known else None
     if guess is None:
         return Pace(speed, why_not, slowdown, copying, runs=len(seen))
     steps, tokens = _run_tokens(recipe, guess)
@@ -156,7 +156,8 @@ def pace_to_dict(pace: Pace) -> dict[str, Any]:
     }
 
 
-def _guess(recipe: Recipe) -> "RowsGuess | None":
+def guess_of(recipe: Recipe) -> "RowsGuess | None":
+    """Return what the beginning of a recipe's data tells of its rows; None where it is not here, or cannot be read."""
     from studio.probe.data.reading import Reading  # noqa: PLC0415  as below
     from studio.probe.data.sampled import guess_rows  # noqa: PLC0415  10 ms that a plan without data does not pay
 

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from studio.core.recommendation import DataFacts, Recommendation
     from studio.core.shape import ModelShape
     from studio.probe.data.opened import Progress
+    from studio.probe.data.sampled import RowsGuess
     from studio.probe.local_models import Listed
     from studio.probe.machine import Machine
+    from studio.probe.plan import PlanDevice
     from studio.probe.setup import Answers, DataChecked
     from studio.runs.chat import ChatProcess, ChatRequest
     from studio.runs.job import Job
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from studio.runs.show import ShowProcess, ShowRequest
     from studio.tui.forecast import Forecaster
     from studio.tui.merging import MergeFacts
+    from studio.tui.model_fits import CardFits
 
 _CARD, _THEME, _VISIT = "planned_card", "theme", "visit"
 _LONGEST_NAME = 60
@@ -86,6 +89,12 @@ class Services:
         from studio.runs.show import ShowProcess
 
         return ShowProcess(request)
+
+    def guess_data(self, recipe: Recipe) -> "RowsGuess | None":
+        """Return what the beginning of a recipe's data tells of its rows, without a tokenizer; None where it cannot."""
+        from studio.probe.pace import guess_of
+
+        return guess_of(recipe)
 
     def glance_at_data(self, recipe: Recipe) -> "ShowProcess | None":
         """Start a process that looks at data without being asked; None where that would take long, or need the network.
@@ -177,6 +186,28 @@ class Services:
         from studio.probe.local_models import search_hub
 
         return search_hub(words)
+
+    def planned_device(self, card: str) -> "PlanDevice":
+        """Return a card of the catalogue, or with an empty `card` the device that a run would get on this machine.
+
+        Raises:
+            BadInput: The catalogue has no such card.
+        """
+        from studio.core.gpu_catalogue import find_gpu
+        from studio.probe.device import place_of
+        from studio.probe.plan import device_from_catalogue, device_of
+
+        return device_from_catalogue(find_gpu(card)) if card else device_of(place_of("auto"))
+
+    def known_fits(self, card: str) -> "CardFits | None":
+        """Return which known models the device of `planned_device` trains; takes two seconds for each one.
+
+        Raises:
+            BadInput: The catalogue has no such card.
+        """
+        from studio.tui.model_fits import fits_of
+
+        return fits_of(self.planned_device(card))
 
     def shape(self, base: str, card: str) -> "ModelShape":
         """Look at a model that is to be trained on a card of the catalogue, or with an empty `card` on this machine's.

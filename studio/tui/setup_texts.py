@@ -14,7 +14,7 @@ from textual.content import Content
 
 from studio.core.errors import StudioError
 from studio.core.goals import GOALS, Goal
-from studio.core.gpu_catalogue import GIB
+from studio.core.gpu_catalogue import CATALOGUE, GIB
 from studio.core.recipe import EMBEDDED, Recipe
 from studio.core.recommendation import Recommendation
 from studio.core.shape import ModelShape
@@ -41,7 +41,7 @@ _LABEL = 10
 _WORD = 15
 _MOST_NAMED = 12
 _MOST_FINDINGS = 8
-_EXAMPLE = 160
+_EXAMPLE, _MOST_EXAMPLES = 160, 6
 _TWO_COLUMNS = 60
 _LEAST_NAME, _NAME_ABOVE = 20, 76
 _LEVELS = {"fits": "$text-success bold", "tight": "$text-warning bold", "does not fit": "$text-error bold"}
@@ -101,7 +101,7 @@ def model_line(model: Listed, cells: int) -> Content:
     """Return one model of the list, in a number of cells."""
     word = model.word
     if word == EMBEDDED:
-        word = f"embedded: SmolLM2-135M-Instruct{'' if model.problem else ', comes with the program'}"
+        word = "embedded: SmolLM2-135M-Instruct"
     size = f"  {model.size_bytes / GIB:.1f} GiB" if model.size_bytes else ""
     note = "  cannot be used" if model.problem else ""
     where = {"hub": "  in the cache" if model.path else "  on the hub", "folder": "", "embedded": ""}[model.kind]
@@ -110,17 +110,18 @@ def model_line(model: Listed, cells: int) -> Content:
 
         where += ", gated" if is_gated(model.word) else ""
     about = f"{size}{where}{note}"
-    return Content.assemble(plain_path(word, max(_LEAST_NAME, cells - len(about))), (about, "$text-muted"))
+    return Content.assemble(plain_path(word, max(_LEAST_NAME, cells - len(about))), about)
 
 
-def model_text(base: str, shape: ModelShape) -> Content:
-    """Return what is known of a model that was looked at."""
+def model_text(base: str, shape: ModelShape, needs: Content) -> Content:
+    """Return what is known of a model that was looked at, and what it takes of the card."""
     return Content.assemble(
         (plain_path(base, _NAME_ABOVE), "bold"),
         f"\n{shape.family}, {shape.parameters / 1e9:.2f} B parameters, {shape.layers} layers of width {shape.hidden}, "
         f"{count(shape.vocabulary)} words of vocabulary\n",
-        f"16-bit weights {2 * shape.parameters / GIB:.1f} GiB",
-        (f"\n{plain(shape.origin, one_line=True)}" if shape.origin else "", "$text-warning"),
+        f"16-bit weights {2 * shape.parameters / GIB:.1f} GiB\n\n",
+        needs,
+        (f"\n\n{plain(shape.origin, one_line=True)}" if shape.origin else "", "$text-warning"),
     )
 
 
@@ -157,20 +158,21 @@ def data_text(checked: DataChecked) -> Content:
     if not checked.sound:
         parts.append(("Correct the file before training, or choose another.\n", "$text-error"))
     elif data.rows:
-        row = data.rows[0]
-        if row.prompt:
-            parts += [("\nasked   ", "dim"), _example(row.prompt), ("\nanswer  ", "dim"), _example(row.answer)]
-            if isinstance(row, Preference):
-                parts += [("\nnot     ", "dim"), _example(row.sides[1].messages[-1].content)]
-        else:
-            parts += [("\ntext    ", "dim"), _example(row.answer)]
+        for row in data.rows[:_MOST_EXAMPLES]:
+            if row.prompt:
+                parts += [("\nasked   ", "dim"), _example(row.prompt), ("\nanswer  ", "dim"), _example(row.answer)]
+                if isinstance(row, Preference):
+                    parts += [("\nnot     ", "dim"), _example(row.sides[1].messages[-1].content)]
+            else:
+                parts += [("\ntext    ", "dim"), _example(row.answer)]
+            parts.append("\n")
     return Content.assemble(*parts)
 
 
 def goal_line(goal: Goal) -> Content:
     """Return one goal of the list."""
     words = GOALS[goal]
-    return Content.assemble((f"{words.label:24}", "bold"), (words.example, "$text-muted"))
+    return Content.assemble((f"{words.label:24}", "bold"), words.example)
 
 
 def goal_text(goal: Goal) -> Content:
@@ -184,8 +186,8 @@ def recommendation_text(recommendation: Recommendation, width: int) -> Content:
     """Return every choice with its reason and source, for a text of `width` columns."""
     parts: Parts = []
     for choice in recommendation.choices:
-        parts += [(f"{choice.label:{_WORD}}", "bold"), f"{choice.shown}\n"]
-        for words, style in ((_sentence(choice.why), "$text-muted"), (choice.source, "$text-muted italic")):
+        parts += [f"{choice.label:{_WORD}}", (f"{choice.shown}\n", "bold")]
+        for words, style in ((_sentence(choice.why), ""), (choice.source, "dim italic")):
             lines = textwrap.wrap(plain(words, one_line=True), max(20, width - _WORD)) if width > _TWO_COLUMNS else []
             lines = lines or textwrap.wrap(plain(words, one_line=True), max(20, width - 2))
             indent = " " * (_WORD if width > _TWO_COLUMNS else 2)
@@ -219,9 +221,15 @@ def refused_text(reason: str) -> Content:
 
 
 def card_options(card: str) -> Options:
-    """Offer this machine, the card of the catalogue that was chosen before, and the choice of another one."""
+    """Offer this machine, the card of the catalogue that was chosen before, the choice by a word, and the catalogue."""
     chosen = [(card, Content(f"Plan for {plain(card, one_line=True)}"))] if card else []
-    return [(HERE, Content("This machine, as it is")), *chosen, (OTHER, Content("Plan for another card ..."))]
+    others = [
+        (gpu.name, Content.assemble(f"{gpu.name:24}", f"{gib(gpu.total_bytes):>6} GiB"))
+        for gpu in CATALOGUE.values()
+        if gpu.name != card
+    ]
+    here = (HERE, Content("This machine, as it is"))
+    return [here, *chosen, (OTHER, Content("Plan for another card ...")), *others]
 
 
 def data_options(files: Sequence[str], chosen: str) -> Options:
@@ -303,6 +311,7 @@ class Lookup:
         self._recommend = services.recommend
         # The cursor comes by the same options again and again.
         self._shape = lru_cache(maxsize=32)(services.shape)
+        self._search_hub, self._device = services.search_hub, services.planned_device
         self._told: Progress | None = None
         self._checked = lru_cache(maxsize=8)(
             lambda word, base, columns: services.check_data(word, base, columns, self._told)
@@ -311,9 +320,40 @@ class Lookup:
     def model(self, answers: Answers) -> Seen:
         """Look at the model of some answers."""
         try:
-            return Seen(model_text(answers.base, self._shape(answers.base, answers.card)), answers)
+            shape = self._shape(answers.base, answers.card)
+            return Seen(model_text(answers.base, shape, self._needs(shape, answers.card)), answers)
         except StudioError as error:
             return Seen(refused_text(str(error)))
+
+    def _needs(self, shape: ModelShape, card: str) -> Content:
+        """Return what a model takes of the card; why it cannot be told is no reason against the model."""
+        from studio.tui.model_fits import needs_of, needs_text  # noqa: PLC0415  with the estimator
+
+        try:
+            device = self._device(card)
+            name = device.gpu.name if device.gpu else ""
+            return needs_text(needs_of(shape, device), name, device.free_bytes)
+        except StudioError as error:
+            return refused_text(str(error))
+
+    def hub(self, words: str) -> tuple[list[Listed], Content]:
+        """Search the hub and return models, with what is to be said of the search; without a line, known ones.
+
+        Raises:
+            StudioError: The hub cannot be asked, and no known model has such a name.
+        """
+        try:
+            found = self._search_hub(words)
+            told = (
+                f"{len(found)} found on the hub, the most used first." if found else "The hub has nothing of that name."
+            )
+        except StudioError as error:
+            from studio.probe.known_models import names_with  # noqa: PLC0415  2 ms that only a dead line pays
+
+            if not (found := names_with(words)):
+                raise
+            told = f"{error} {len(found)} of that name can be planned without it: choose their card in the first step."
+        return [Listed(word, "hub") for word in found], Content(told)
 
     def data(self, answers: Answers, told: Progress | None = None) -> Seen:
         """Read the data of some answers; `told` is told (done, total) and may raise to end it."""

@@ -82,7 +82,7 @@ SHOTS = (
         "setup-recipe",
         "SetupScreen",
         "Set-up: the recipe that follows, with its reasons",
-        (_TO_MODEL, _TO_DATA, ("enter", "What is it for"), ("enter", "and why"), ("", "Epochs")),
+        (_TO_MODEL, _TO_DATA, ("enter", "What is it for"), ("enter", "and why"), ("", "Alpha")),
         setup=_ASKED,
     ),
     Shot(

@@ -86,10 +86,12 @@ class Asked:
 def given(services: Services | None = None, **calls: Callable[..., object]) -> Services:
     """Services of which some are a test's own; the others are the real ones, or those of `services`.
 
-    Unless a test says otherwise no process looks at the data: `settle` would wait until it has added up all rows.
+    Unless a test says otherwise no process looks at the data, as `settle` would wait until it has added up all rows,
+    and no known models are priced.
     """
     if services is None:
-        services, calls = Services(), {"glance_at_data": lambda recipe: None, **calls}
+        unasked: dict[str, Callable[..., object]] = {"glance_at_data": lambda _: None, "known_fits": lambda _: None}
+        services, calls = Services(), {**unasked, **calls}
     for name, call in calls.items():
         assert hasattr(services, name)
         setattr(services, name, call)

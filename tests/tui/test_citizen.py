@@ -3,6 +3,7 @@
 import asyncio
 import importlib
 import pkgutil
+import re
 from base64 import b64encode
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from studio.tui.app import StudioApp, run_studio
 from studio.tui.screens.audit import AuditScreen
 from studio.tui.screens.open import OpenScreen
 from studio.tui.themes import OURS, SIXTEEN
-from tests.fakes.runs import LiveWorker
+from tests.fakes.runs import CHECKOUT, LiveWorker
 from tests.tui.stories import NARROW, Asked, given, make_run, play, services_that, settle, shown, train, until
 from widgets.output_filter import drawable
 
@@ -253,3 +254,9 @@ def test_an_idle_screen_writes_nothing(with_a_run: Path) -> None:
                 app._display = before  # type: ignore[method-assign]
 
     asyncio.run(run())
+
+
+def test_no_text_is_weighted_by_a_colour_that_turns_white() -> None:
+    """`$text-muted` is a share of black or white: a style sheet draws it so, a text in full, brighter than all else."""
+    for path in (CHECKOUT / "studio" / "tui").rglob("*.py"):
+        assert not re.search(r'"\$text-muted[^"]*"', path.read_text("utf-8")), path.name

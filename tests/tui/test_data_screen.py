@@ -245,6 +245,25 @@ def test_the_worst_of_the_data_stands_below_the_form(
     assert processes.started[1]._process.wait(10) is not None, "it ends with the screen"
 
 
+def test_before_the_rows_were_looked_at_the_panel_tells_what_the_file_begins_with(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("studio.tui.panels.data_note._LOOK_AFTER_SECONDS", SELDOM)
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await until(pilot, lambda: "Tokens of the first rows" in shown(app))
+        note = app.screen.query_one(DataNote)
+        facts = " ".join(str(note.content).split())
+        assert f"rows about {len(Path(recipe.data.path).read_text().splitlines())} " in facts
+        assert "cut at 256 tokens" in facts and "by the characters" in facts
+        bars = [int(line.split()[-1]) for line in str(note.content).splitlines() if "█" in line]
+        assert sum(bars) > 10
+        note.follow(recipe.with_("data.path", str(tmp_path / "none.jsonl")))
+        await until(pilot, lambda: "Tokens of the first rows" not in shown(app))
+
+    play(story, tmp_path, size=WIDE, recipe=recipe, services=given(Processes().services()))
+
+
 class Told:
     """A process that tells some events and then nothing."""
 

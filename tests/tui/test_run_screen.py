@@ -49,8 +49,8 @@ def screen_of(app: StudioApp) -> RunScreen:
 
 
 def said(app: StudioApp) -> str:
-    """What stands on the screen, with the lines of a notice in one."""
-    return " ".join(shown(app).replace("▌", " ").split())
+    """What stands on the screen, with the lines of a notice in one, without the frames that it lies over."""
+    return " ".join(shown(app).translate(dict.fromkeys(map(ord, "▌│─╭╮╰╯"), " ")).split())
 
 
 def plots(app: StudioApp) -> str:
@@ -155,7 +155,7 @@ def test_views(tmp_path: Path, size: tuple[int, int], alone: bool) -> None:
                 await pilot.press(str(number))
                 await settle(pilot)
                 assert words in shown(app)
-                assert ("loss" in shown(app).split("Notes", 1)[1]) is not alone, f"plots beside {key}"
+                assert ("loss" in shown(app).lower().split("notes", 1)[1]) is not alone, f"plots beside {key}"
             assert "checkpoint at step 4: checkpoints/step-4, 1.0 GiB" in shown(app)
             assert "4 Notes (1)" in shown(app), "a warning is seen from the other pages too"
             await pilot.press("tab")

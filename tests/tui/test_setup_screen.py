@@ -20,8 +20,11 @@ from studio.probe.cards import Card
 from studio.probe.data.opened import Progress
 from studio.probe.local_models import Listed
 from studio.probe.machine import Machine
+from studio.probe.plan import device_from_catalogue
 from studio.probe.setup import Answers, DataChecked, check_data
 from studio.tui.app import StudioApp
+from studio.tui.model_fits import fits_of
+from studio.tui.panels.setup_step import SetupStep
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.run import RunScreen
 from studio.tui.screens.setup import SetupScreen
@@ -254,6 +257,38 @@ def test_another_card_is_planned_for_and_taken_to_the_configure_screen(tmp_path:
     play_setup(story, tmp_path, finding(Told(), services_that(asked)))
 
 
+def test_known_models_are_offered_by_whether_the_card_trains_them(tmp_path: Path) -> None:
+    told = Told()
+    services = given(
+        finding(told, recalled=Answers(card="RTX 4090")),
+        known_fits=lambda card: fits_of(device_from_catalogue(find_gpu(card))) if card else None,
+    )
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await until(pilot, lambda: "What RTX 4090 trains, of 24.0 GiB" in shown(app))
+        rungs = [line.partition(" B  ")[2] for line in shown(app).splitlines() if " B  " in line]
+        ladder = {rung.split()[0]: rung for rung in rungs}
+        assert ladder["Llama-3.1-8B"].count("✓") == 2
+        assert (ladder["phi-4"].count("✗"), ladder["phi-4"].count("✓")) == (1, 1), "14 B in 4 bits only"
+        await through(pilot, app, "model")
+        await until(pilot, lambda: "FITS RTX 4090" in shown(app) and "16.9 GiB" in shown(app))
+        bars = [line for line in shown(app).splitlines() if "GiB  █" in line]
+        assert [("LoRA 16-bit   16.9" in bars[0], "QLoRA 4-bit" in bars[1])] == [(True, True)]
+        assert bars[0].count("█") > 2 * bars[1].count("█"), "16 bits take more of the card than 4"
+        await pilot.press("end")
+        await until(pilot, lambda: "LARGER THAN RTX 4090" in shown(app) and "Qwen3-235B-A22B" in shown(app))
+        await pilot.press("home", "down")
+        listed = app.screen.query_one("#step-model OptionList", OptionList)
+        await pilot.press("down")
+        await until(pilot, lambda: app.screen.query_one("#step-model", SetupStep).lit.startswith("HuggingFaceTB/"))
+        assert listed.highlighted == 3, "a heading is passed over"
+        await pilot.press("enter")
+        await until(pilot, lambda: step_of(app) == "data")
+        assert told.kept[-1].base == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+    play_setup(story, tmp_path, services)
+
+
 def test_a_model_that_cannot_be_used_holds_the_step(tmp_path: Path) -> None:
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await through(pilot, app, "model")
@@ -292,12 +327,12 @@ def test_the_reasons_wrap_anew_when_the_terminal_changes(tmp_path: Path) -> None
             rows = [row.rstrip() for row in shown(app).splitlines()]
             return rows[next(place for place, row in enumerate(rows) if row.startswith(" Method")) : -1]
 
-        wide, narrow = await reasons(120), await reasons(80)
+        wide, narrow = await reasons(99), await reasons(80)
         assert max(map(len, wide)) > 80
         flush = [[row for row in rows if row.strip() and row[1] != " "] for rows in (wide, narrow)]
         assert flush[0] == flush[1], "the labels stand before the reasons, and nothing else"
         assert " ".join(" ".join(wide).split()) == " ".join(" ".join(narrow).split())
-        assert await reasons(120) == wide
+        assert await reasons(99) == wide
 
     play_setup(story, tmp_path, finding(Told()), size=(120, 90))
 
@@ -320,7 +355,7 @@ def test_long_paths_in_the_lists_show_their_names_at_any_width(tmp_path: Path) -
         assert row.startswith(" …/")
         step = app.screen.query_one("#step-model OptionList", OptionList)
         assert step.size.height == 1, "in one row"
-        await pilot.resize_terminal(200, 40)
+        await pilot.resize_terminal(500, 40)
         assert model in (await rows("the-model  1.0 GiB"))[0]
         await pilot.resize_terminal(40, 24)
         assert (await rows("…/the-model  1.0 GiB"))[0]

@@ -16,6 +16,7 @@ from studio.tui.services import Services
 if TYPE_CHECKING:
     from textual.timer import Timer
 
+    from studio.probe.data.sampled import RowsGuess
     from studio.runs.show import ShowEvent, ShowProcess, Summary
 
 _LOOK_AFTER_SECONDS = 2.0
@@ -72,12 +73,14 @@ class DataNote(Static):
         self._end_timer: Timer | None = None
         self._words, self._keys_named = Content(""), True
         self._summary: Summary | None = None
+        self._guess: tuple[Any, RowsGuess | None] = None, None
         self._longest_tokens: int | None = None
 
     def on_mount(self) -> None:
-        """Look soon."""
+        """Look soon, and guess at once from the beginning of the file."""
         self._tell(Content(""))
         self._look_soon()
+        self.call_after_refresh(self._guess_soon)
 
     def on_unmount(self) -> None:
         """End the process."""
@@ -91,6 +94,7 @@ class DataNote(Static):
     def follow(self, recipe: Recipe) -> None:
         """Take another recipe. Where only the row length is another, the rows are not read again."""
         before, self._recipe = self._recipe, recipe
+        self._guess_soon()
         if not self._looked:
             if before.get("data.path") != recipe.get("data.path"):
                 self._tell(Content(""))
@@ -107,6 +111,22 @@ class DataNote(Static):
             else:
                 self._looked = ()
                 self._look_soon()
+
+    def _guess_soon(self) -> None:
+        """Guess anew, where a panel has room for it and the data or what is told of it is another."""
+        sought = (_ground_of(self._recipe), _cuts(self._recipe))
+        if self.size.height > 1 and sought != self._guess[0] and not self._recipe.problems():
+            self._guess = sought, self._guess[1]
+            self._guess_now(self._recipe)
+
+    @work(thread=True, exclusive=True, group="data-guess")
+    def _guess_now(self, recipe: Recipe) -> None:
+        guess = self._services.guess_data(recipe)
+        self.app.call_from_thread(self._take_guess, guess)
+
+    def _take_guess(self, guess: "RowsGuess | None") -> None:
+        self._guess = self._guess[0], guess
+        self._tell(self._words)
 
     def name_keys(self, named: bool) -> None:
         """Name the key that shows the rows, or do not while letters go into a field."""
@@ -140,6 +160,7 @@ class DataNote(Static):
     def on_resize(self) -> None:
         """Draw it anew: what is told depends on the room."""
         self._tell(self._words)
+        self._guess_soon()
 
     def _know(self, summary: "Summary | None") -> None:
         """Take what the rows add up to, and tell how long the longest is once all of them are in it."""
@@ -189,6 +210,10 @@ class DataNote(Static):
             from studio.tui.panels.data_text import glance_text  # noqa: PLC0415  not needed for the first frame
 
             text = Content.assemble(text, "\n\n", glance_text(self._opened, self._summary, self.content_size.width))
+        elif (guess := self._guess[1]) is not None and tall:
+            from studio.tui.panels.data_text import guess_text  # noqa: PLC0415  as above
+
+            text = Content.assemble(text, "\n\n", guess_text(guess, self._recipe, self.content_size.width))
         if text != self.content:
             self.update(text, layout=False)
 

@@ -1,17 +1,26 @@
 """The texts of the Data screen: rows as tokens, what they add up to, what is left out; and the worst in a line."""
 
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from textwrap import wrap
+from typing import TYPE_CHECKING
 
 from textual.content import Content
 
 from studio.core.left_out import reason
+from studio.core.recipe import Recipe
 from studio.core.text import every_character, plain
 from studio.runs.show import Opened, RowShown, ShownExample, Summary
 from studio.tui.readable import count
 from widgets.token_view import Token
 
+if TYPE_CHECKING:
+    from studio.probe.data.sampled import RowsGuess
+
 _MOST_BARS = 12
+_NO_CUT = 2**31
 _LABEL = 10
 _SMALL_SHARE, _MANY_CUT = 0.05, 0.02
 _Parts = list[str | tuple[str, str]]
@@ -90,6 +99,40 @@ def glance_text(opened: Opened, summary: Summary, cells: int) -> Content:
     return Content.assemble(*_added_up(opened, summary, cells))
 
 
+def guess_text(guess: "RowsGuess", recipe: Recipe, cells: int) -> Content:
+    """Return what the beginning of the data tells before its rows are read: from its characters, by no tokenizer."""
+    least, usual, most = (
+        [guess_row.tokens_per_row(_NO_CUT)[place] for guess_row in _rows_of(guess)] for place in range(3)
+    )
+    bars = min(_MOST_BARS // 2, len(set(map(round, usual))))
+    low, high = math.floor(min(usual)), math.floor(max(usual)) + 1
+    edges = tuple(low + round((high - low) * place / bars) for place in range(bars + 1))
+    counts = tuple(sum(start <= tokens < end for tokens in usual) for start, end in pairwise(edges))
+    longest = f"{count(round(max(least)))} to {count(round(max(most)))} tokens, by the characters"
+    cut = sum(tokens > recipe.train.seq_len for tokens in usual)
+    cut_words = f"about {cut / len(usual):.0%} of the rows" if cut else "none"
+    facts = {
+        "rows": f"about {count(guess.rows)}",
+        "longest": longest,
+        "cut at": f"{count(recipe.train.seq_len)} tokens: {cut_words}",
+        "held out": f"{count(recipe.eval.rows)} rows" if recipe.eval.rows else "none",
+    }
+    parts: _Parts = []
+    for label, words in facts.items():
+        parts += [
+            (f"{label:{_LABEL}}", "dim"),
+            f"\n{'':{_LABEL}}".join(wrap(words, max(_LABEL, cells - _LABEL - 1))),
+            "\n",
+        ]
+    seen = Summary(seq_len=recipe.train.seq_len, edges=edges, counts=counts)
+    return Content.assemble(*parts, "\n", *_histogram(seen, cells, "Tokens of the first rows, by their characters"))
+
+
+def _rows_of(guess: "RowsGuess") -> Iterator["RowsGuess"]:
+    """Yield each row that was read as if it were all there is."""
+    return (replace(guess, text_bytes=(size,), asked_bytes=()) for size in guess.text_bytes)
+
+
 def _added_up(opened: Opened, summary: Summary, cells: int) -> _Parts:
     parts: _Parts = []
     for label, words, style in _facts(opened, summary):
@@ -127,12 +170,12 @@ def _facts(opened: Opened, summary: Summary) -> Iterator[tuple[str, str, str]]:
     yield "an epoch", f"{count(summary.train_tokens)} tokens in {_steps(summary.steps)}", ""
 
 
-def _histogram(summary: Summary, cells: int) -> _Parts:
+def _histogram(summary: Summary, cells: int, title: str = "Tokens per example") -> _Parts:
     bars = _joined(summary)
     if not bars:
         return []
     most, room = max(number for _, _, number in bars), max(4, cells - 30)
-    parts: _Parts = [("Tokens per example\n", "bold")]
+    parts: _Parts = [(f"{title}\n", "bold")]
     cut_told = False
     for low, high, number in bars:
         cut = low > summary.seq_len

@@ -26,6 +26,7 @@ class Notes(VerticalScroll):
         """Start empty."""
         self._text = Static("", markup=False)
         super().__init__(self._text, id=id)
+        self.border_title = "Notes"
         self._shown: object = None
 
     def show(self, history: History) -> None:
@@ -61,7 +62,7 @@ def notes_text(history: History) -> Content:
         what, path = plain(saved.what, one_line=True), plain(saved.path, one_line=True)
         parts += [("saved    ", "$text-success"), f"{what}{at}: {path}{size}\n"]
     if not history.warnings and not history.saved:
-        parts.append(("No warning so far, and nothing saved yet: both are listed here.\n", "$text-muted"))
+        parts.append(("No warning so far, and nothing saved yet: both are listed here.\n", "dim"))
     if history.unknown:
         parts.append(f"{history.unknown} lines of the log are not known to this version\n")
     return Content.assemble(*parts)

@@ -61,6 +61,12 @@ def has_adapter(paths: RunPaths) -> bool:
     return (paths.adapter / ADAPTER_CONFIG).is_file()
 
 
+def why_no_output(status: Status) -> str:
+    """Return why a run's process has printed nothing: what a job tells is in its log of events, not printed."""
+    told = "What it does is said in the first row, warnings and results under 4 Notes."
+    return f"The process {'has printed nothing so far' if status.live else 'printed nothing'}. {told}"
+
+
 def no_adapter_words(status: Status) -> str:
     """Return why a training run has no adapter."""
     if status.live:

@@ -195,6 +195,7 @@ class MemoryTable(VerticalScroll):
         """Show the memory of a run."""
         self._text = Static("", markup=False)
         super().__init__(self._text, id=id)
+        self.border_title = "Memory by stage"
         self._paths = paths
         self._planned: dict[str, int] | None = None
         self._peaks = StagePeaks()
@@ -233,9 +234,9 @@ def table_text(rows: list[StageRow], history: History) -> Content:
         on_cpu = device == "cpu"
         seen = f" The process held {gib(resident)} GiB at most, libraries included." if resident else ""
         why = "A CPU counts no tensors." if on_cpu else "Nothing was measured yet."
-        parts.append((f"{why}{seen}\n", "$text-muted"))
+        parts.append((f"{why}{seen}\n", "dim"))
     together = "; bracketed ones are measured together" if measured else ""
-    parts.append((f"GiB of live tensors at the peak of each stage{together}.", "$text-muted"))
+    parts.append((f"GiB of live tensors at the peak of each stage{together}.", "dim"))
     return Content.assemble(*parts)
 
 

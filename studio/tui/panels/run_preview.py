@@ -126,7 +126,7 @@ def preview_text(closer: Closer) -> Content:
     info, history = closer.info, closer.history
     lines = [_standing(closer), _what(closer), *_came_of_it(info, history)]
     if info.note:
-        lines.append(Content.assemble(("note  ", "$text-muted"), f"“{plain(info.note, one_line=True)}”"))
+        lines.append(Content.assemble(("note  ", "dim"), f"“{plain(info.note, one_line=True)}”"))
     warned = [f"! {plain(words, one_line=True, limit=_LONGEST)}" for words in info.warnings]
     lines += [Content.styled(words, "$text-warning") for words in warned]
     return Content("\n").join([*lines, *_differences(closer)])
@@ -184,9 +184,9 @@ def _differences(closer: Closer) -> list[Content]:
         return []
     name = plain(closer.before, one_line=True, limit=LONGEST)
     if not closer.differing:
-        return [Content.styled(f"the same recipe as {name}, the run before", "$text-muted")]
+        return [Content.styled(f"the same recipe as {name}, the run before", "dim")]
     shown = closer.differing[:_MOST_DIFFERENCES]
     told = ", ".join(f"{path} {plain(old, one_line=True)} → {plain(new, one_line=True)}" for path, old, new in shown)
     more = len(closer.differing) - len(shown)
     rest = f" and {more} more" if more else ""
-    return [Content.assemble((f"differs from {name}, the run before:  ", "$text-muted"), f"{told}{rest}")]
+    return [Content.assemble((f"differs from {name}, the run before:  ", "dim"), f"{told}{rest}")]

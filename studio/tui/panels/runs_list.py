@@ -170,7 +170,7 @@ def _two_lines(row: Row, pieces: dict[str, str], wide: dict[str, int], what: tup
     else:
         if "held_out" in shown:
             shown["held_out"] = f"held-out {row.held_out}"
-    styles = {"status": colour, "warned": "$text-warning", "note": "$text-accent", "started": "$text-muted"}
+    styles = {"status": colour, "warned": "$text-warning", "note": "$text-accent", "started": "dim"}
     tail: list[str | tuple[str, str]] = []
     for key, text in shown.items():
         tail += [" " * (_INDENT if not tail else 1 if key == "spark" else 2), (text, styles.get(key, ""))]

@@ -32,6 +32,7 @@ class Samples(VerticalScroll):
         """Start empty."""
         self._none = Static("No samples yet.", markup=False)
         super().__init__(self._none, id=id)
+        self.border_title = "Samples"
         self._shown: tuple[object, int] = (None, 0)
 
     def show(self, history: History, status: Status) -> None:
@@ -69,7 +70,7 @@ def rows_of(samples: list[Sampled]) -> Iterator[Widget]:
 
 
 def _answer(when: str, text: str) -> Widget:
-    return LabelledText(Content.styled(f" {when}", "$text-muted"), _foreign(text), label_width=_WHEN)
+    return LabelledText(Content.styled(f" {when}", "dim"), _foreign(text), label_width=_WHEN)
 
 
 def _foreign(text: str) -> str:

@@ -15,6 +15,9 @@ from textual.widgets.option_list import Option
 from studio.core.text import plain_path
 from widgets.text_field import TextLine
 
+_ROOM_FOR_BOTH = 100
+"""Columns from which on the words stand beside the options, each in a panel of its own."""
+
 Shown = Content | Callable[[int], Content]
 """What is shown for an option: words, or a function that makes them for a width in cells."""
 
@@ -34,12 +37,12 @@ class _Options(OptionList):
     BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "select", "Next")]
 
     def action_cursor_down(self) -> None:
-        if self.highlighted in (None, self.option_count - 1):
+        if self.highlighted in (None, self.option_count - 1):  # a heading is never the last
             raise SkipAction
         super().action_cursor_down()
 
     def action_cursor_up(self) -> None:
-        if not self.highlighted:
+        if self.highlighted is None or not any(not option.disabled for option in self.options[: self.highlighted]):
             raise SkipAction
         super().action_cursor_up()
 
@@ -90,14 +93,34 @@ class SetupStep(Vertical):
     SetupStep {
         height: 1fr;
         padding: 0 1;
-        & > .question { text-style: bold; height: auto; padding: 0 0 1 0; }
-        & > .found { height: auto; display: none; margin: 0 0 1 0; }
-        & > .found.-shown { display: block; }
-        & > OptionList { height: auto; max-height: 12; margin: 0 0 1 0; border: none; padding: 0; }
-        & > TextLine { margin: 0 0 1 0; }
-        & > _Words { height: 1fr; scrollbar-size-vertical: 1; }
-        & > _Words:focus { background: $foreground 6%; }
-        & > _Words > Static { height: auto; }
+        & .question { text-style: bold; height: auto; padding: 0 0 1 0; }
+        & .found { height: auto; display: none; margin: 0 0 1 0; }
+        & .found.-shown { display: block; }
+        & .asked { height: auto; }
+        & OptionList { height: auto; max-height: 9; margin: 0 0 1 0; border: none; padding: 0; }
+        & OptionList { scrollbar-size-vertical: 1; }
+        &#step-machine OptionList { max-height: 3; }
+        & TextLine { margin: 0 0 1 0; }
+        & _Words { height: 1fr; scrollbar-size-vertical: 1; }
+        & _Words:focus { background: $foreground 6%; }
+        & _Words > Static { height: auto; }
+        &.-beside {
+            layout: horizontal;
+            padding: 0;
+            & .question { display: none; }
+            & .asked { width: 1fr; height: 100%; }
+            & .asked, & _Words {
+                border: round $foreground 40%;
+                border-title-color: $text-primary;
+                border-title-style: bold;
+                padding: 0 1;
+            }
+            & OptionList { height: 1fr; margin: 0; background: transparent; }
+            & OptionList, &#step-machine OptionList { max-height: 100%; }
+            & TextLine { margin: 1 0 0 0; }
+            & _Words { width: 1fr; height: 100%; }
+            &#step-recipe _Words { width: 2fr; }
+        }
     }
     """
 
@@ -125,29 +148,37 @@ class SetupStep(Vertical):
             super().__init__()
             self.step, self.text = step, text
 
-    def __init__(self, key: str, question: str, *, placeholder: str = "") -> None:
+    def __init__(self, key: str, question: str, about: str, *, placeholder: str = "") -> None:
         """Ask a question.
 
         Args:
             key: Name of the step.
             question: What is asked.
+            about: What the words on what is chosen are about, for the title of their panel.
             placeholder: What may be typed; empty for a step of options only.
         """
         super().__init__(id=f"step-{key}")
         self.key = key
-        self._question, self._placeholder = question, placeholder
+        self._question, self._about, self._placeholder = question, about, placeholder
         self._options: list[tuple[str, Shown]] = []
         self.lit = ""
 
     def compose(self) -> ComposeResult:
         """Make the parts: question, what was found, options, line, words."""
-        yield Static(Content(self._question), classes="question", markup=False)
-        yield Static("", classes="found", markup=False)
-        yield _Options(compact=True)
-        if self._placeholder:
-            yield _Line(placeholder=self._placeholder)
-        with _Words(can_focus=False):
+        with Vertical(classes="asked") as asked:
+            asked.border_title = self._question
+            yield Static(Content(self._question), classes="question", markup=False)
+            yield Static("", classes="found", markup=False)
+            yield _Options(compact=True)
+            if self._placeholder:
+                yield _Line(placeholder=self._placeholder)
+        with _Words(can_focus=False) as words:
+            words.border_title = self._about
             yield Static("", classes="words", markup=False)
+
+    def on_mount(self) -> None:
+        """Begin with the layout for the screen's width."""
+        self.set_class(self._beside, "-beside")
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         """Tell what was chosen."""
@@ -176,33 +207,37 @@ class SetupStep(Vertical):
 
     def action_go_round(self, direction: int) -> None:
         """Go on to the part below, or to the one above. The options are entered at their nearer end."""
-        parts = [part for part in self.children if part.can_focus]
+        parts = [part for part in self.query("_Options, _Line, _Words") if part.can_focus]
         place = next((place for place, part in enumerate(parts) if part.has_focus), -1)
         part = parts[(place + direction) % len(parts)]
         if isinstance(part, OptionList) and part.option_count:
-            part.highlighted = 0 if direction > 0 else part.option_count - 1
+            (part.action_first if direction > 0 else part.action_last)()
         self.screen.set_focus(part)  # not focus(): it waits, so that the next key of a burst would go to the old part
 
     def on_resize(self) -> None:
         """Show options for the room that there is now."""
+        self.set_class(self._beside, "-beside")
         listed = self.query_one(OptionList)
         for place, (_, shown) in enumerate(self._options):
             if not isinstance(shown, Content):
-                listed.replace_option_prompt_at_index(place, shown(self.room))
+                listed.replace_option_prompt_at_index(place, shown(self._option_room))
 
     def offer(self, options: Sequence[tuple[str, Shown]], chosen: str) -> None:
-        """Offer options, each a value and what is shown; the cursor stands on the chosen one."""
+        """Offer options, each a value and what is shown; the cursor stands on the chosen one.
+
+        An empty value is a heading, which cannot be chosen.
+        """
         listed, self._options = self.query_one(OptionList), list(options)
-        values = [value for value, _ in options]
-        listed.clear_options()
-        listed.add_options([Option(shown if isinstance(shown, Content) else shown(self.room)) for _, shown in options])
-        if options:
-            listed.highlighted = values.index(chosen) if chosen in values else 0
+        values, room = [value for value, _ in options], self._option_room
+        shown = [words if isinstance(words, Content) else words(room) for _, words in options]
+        listed.set_options(Option(words, disabled=not value) for words, value in zip(shown, values, strict=True))
+        if first := next(filter(None, values), ""):
+            listed.highlighted = values.index(chosen if chosen in values else first)
             self.lit = values[listed.highlighted]
 
     def offer_first(self, word: str) -> None:
         """Offer what was typed before the others and put the cursor on it."""
-        others = [(value, shown) for value, shown in self._options if value != word]
+        others = [(value, shown) for value, shown in self._options if value != word or not value]
         self.offer([(word, path_line(word)), *others], word)
         self.focus_options()
 
@@ -222,5 +257,20 @@ class SetupStep(Vertical):
 
     @property
     def room(self) -> int:
-        """The columns for words: those of the screen without padding and scrollbar, known before the first layout."""
-        return max(20, self.app.size.width - 3)
+        """The columns for words, without padding, borders and scrollbar; known before the first layout."""
+        wide = self.app.size.width
+        return max(20, wide - self._asked_columns - 6 if self._beside else wide - 3)
+
+    @property
+    def _option_room(self) -> int:
+        """The columns for an option."""
+        return max(20, self._asked_columns - 6 if self._beside else self.app.size.width - 3)
+
+    @property
+    def _asked_columns(self) -> int:
+        return self.app.size.width // (3 if self.key == "recipe" else 2)
+
+    @property
+    def _beside(self) -> bool:
+        """Whether the words stand beside what is asked."""
+        return self.app.size.width >= _ROOM_FOR_BOTH

@@ -97,7 +97,7 @@ class Column(VerticalScroll):
         for question, answer, end in self._said:
             if question:
                 lines += [(f"{plain(question)}\n", "bold"), f"{plain(answer)}\n"]
-            lines.append((f"{end}\n\n", "$text-muted"))
+            lines.append((f"{end}\n\n", "dim"))
         self.query_one(Static).update(Content.assemble(*lines))
         self.scroll_end(animate=False)
 

@@ -80,7 +80,7 @@ class ColumnsScreen(Dialog[Pairs]):
         lines = [
             Content.assemble(
                 (f"{plain(column, one_line=True, limit=_LONGEST_NAME):{_LONGEST_NAME}}  ", "bold"),
-                (plain(sample, one_line=True, limit=_LONGEST_SAMPLE), "$text-muted"),
+                (plain(sample, one_line=True, limit=_LONGEST_SAMPLE), "dim"),
             )
             for column, sample in rest
         ]

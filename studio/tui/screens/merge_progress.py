@@ -211,7 +211,7 @@ class MergeProgressScreen(OfferingScreen[None]):
 def _result_widgets(report: dict[str, Any]) -> Iterator[Widget]:
     for name, value in result_rows(report):
         if value:
-            yield LabelledText(Content.styled(name, "$text-muted"), value, label_width=_NAME)
+            yield LabelledText(Content.styled(name, "dim"), value, label_width=_NAME)
         else:
             yield Static(Content(name), classes="heading", markup=False)
 

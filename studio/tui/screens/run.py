@@ -22,7 +22,7 @@ from studio.tui.asks import OpenChat, ShowData, ShowMerge
 from studio.tui.copying import Copied, folder_of
 from studio.tui.feed import Glance, RunFeed, waits_for
 from studio.tui.panels.notes import Notes
-from studio.tui.panels.outcome import TRAIN, Outcome, has_adapter, no_adapter_words
+from studio.tui.panels.outcome import TRAIN, Outcome, has_adapter, no_adapter_words, why_no_output
 from studio.tui.panels.run_header import RunHeader
 from studio.tui.panels.run_memory import MemoryTable, PeakGauge, planned_peak_bytes
 from studio.tui.panels.run_plots import PairPlots, RunPlots
@@ -51,6 +51,8 @@ _SLICE_SECONDS = 0.004
 """A long log is read for this long, then left alone for this long, and so on. The answer to a key takes several turns
 of the event loop, and each turn may have to wait for one stretch of reading."""
 _SLICES_PER_LOOK = 50
+_WIDE, _TALL = 100, 32
+"""Columns and rows from which on a view stands below the plots, as the app's breakpoints say."""
 
 
 class RunScreen(OfferingScreen[None]):
@@ -86,7 +88,12 @@ class RunScreen(OfferingScreen[None]):
     RunScreen.-wide.-tall {
         & #plots { display: block; height: 3fr; }
         & #plots.-unfilled { display: none; }
-        & #samples, & #log, & #notes, & #memory, & #pairs { height: 2fr; border-top: solid $foreground 20%; }
+        & #samples, & #log, & #notes, & #memory, & #pairs { height: 2fr; }
+        & LinePlot, & #samples, & #log, & #notes, & #memory {
+            border: round $foreground 40%;
+            border-title-color: $text-primary; border-title-style: bold;
+            padding: 0;
+        }
     }
     """
 
@@ -105,7 +112,9 @@ class RunScreen(OfferingScreen[None]):
         """Slices of a long log that are still to be read before the next look; None while no long log is read."""
 
     def compose(self) -> ComposeResult:
-        """Make the parts: header, outcome, views, keys."""
+        """Make the parts: header, outcome, views, keys; on a large screen samples stand below the plots at first."""
+        if self.app.size.width >= _WIDE and self.app.size.height >= _TALL:
+            self.set_reactive(RunScreen.view, "samples")
         yield RunHeader(self.paths.name)
         yield Outcome()
         yield PeakGauge(self.paths)
@@ -113,7 +122,7 @@ class RunScreen(OfferingScreen[None]):
         with Container(id="views"):
             yield RunPlots(id="plots")
             yield Samples(id="samples")
-            yield LogSearch(empty=_why_no_output(Status.starting), id="log")
+            yield LogSearch(empty=why_no_output(Status.starting), id="log")
             yield Notes(id="notes")
             yield MemoryTable(self.paths, id="memory")
             yield PairPlots(id="pairs")
@@ -337,7 +346,7 @@ class RunScreen(OfferingScreen[None]):
             self.query_one(Samples).show(glance.history, glance.status)
             self.query_one(Notes).show(glance.history)
         self.query_one(RunPlots).say_why_empty(glance.status, len(glance.history.train.steps))
-        self.query_one(LogSearch).say_of_empty(_why_no_output(glance.status))
+        self.query_one(LogSearch).say_of_empty(why_no_output(glance.status))
         self._offer_views()
         if glance.behind or self._slices_left is not None:
             self._catch_up(glance)
@@ -388,9 +397,3 @@ def _names(views: tuple[str, ...], warnings: int = 0) -> tuple[tuple[str, str], 
     told = {"notes": f" ({warnings})"} if warnings else {}
     numbered = [(key, number) for number, key in enumerate(_VIEWS, start=1) if key in views]
     return tuple((key, f"{number} {key.title()}{told.get(key, '')}") for key, number in numbered)
-
-
-def _why_no_output(status: Status) -> str:
-    """Return why a run's process has printed nothing: what a job tells is in its log of events, not printed."""
-    told = "What it does is said in the first row, warnings and results under 4 Notes."
-    return f"The process {'has printed nothing so far' if status.live else 'printed nothing'}. {told}"

@@ -21,39 +21,20 @@ from studio.core.columns import Pairs
 from studio.core.errors import StudioError
 from studio.probe.local_models import Listed
 from studio.probe.setup import Answers, recipe_to_show
+from studio.tui import setup_texts as texts
 from studio.tui.asks import ShowData
 from studio.tui.panels.setup_step import SetupStep
 from studio.tui.screens.cards import CardScreen
 from studio.tui.screens.columns import ColumnsScreen
 from studio.tui.services import Services
-from studio.tui.setup_texts import (
-    HERE,
-    OTHER,
-    Lookup,
-    Seen,
-    SetupDone,
-    Then,
-    card_options,
-    data_options,
-    end_of,
-    end_options,
-    goal_of,
-    goal_options,
-    goal_text,
-    is_model,
-    likely_end,
-    machine_text,
-    model_line,
-    recommendation_text,
-    refused_text,
-    verdict_text,
-)
+from studio.tui.setup_texts import HERE, OTHER, Lookup, Seen, SetupDone, Then
 from studio.tui.told import Abandoned, ReadingTold
 from widgets.key_footer import KeyFooter
 from widgets.tab_row import TabRow
 
 if TYPE_CHECKING:
     from studio.core.recommendation import Recommendation
+    from studio.tui.model_fits import CardFits
 
 STEPS = ("machine", "model", "data", "goal", "recipe")
 _BUSY = "Working ..."
@@ -116,10 +97,12 @@ class SetupScreen(Screen[SetupDone | None]):
         self.step = STEPS[0]
         self._reached = 0
         self._models: list[Listed] = []
+        self._fits: CardFits | None = None
+        self._machine_words = Content("")
         self._recommendation: Recommendation | None = None
         self._look_timer: Timer | None = None
-        # The option of this step on which the user pressed enter. The next look at it that ends goes on to the next
-        # step. That may be a look that followed the cursor, because a new look cancels the one that enter began.
+        # The option on which the user pressed enter. The next look at it that ends goes on to the next step: it may be
+        # one that followed the cursor, because a new look cancels the one that enter began.
         self._wanted: str | None = None
 
     def compose(self) -> ComposeResult:
@@ -128,30 +111,31 @@ class SetupScreen(Screen[SetupDone | None]):
             yield Static("lora-studio  Set-up", markup=False)
             yield TabRow([(key, f"{number} {key.title()}") for number, key in enumerate(STEPS, start=1)], STEPS[0])
         with Container(id="steps"):
-            yield SetupStep("machine", "What will it train on?")
+            yield SetupStep("machine", "What will it train on?", "The machine, and what it trains")
             yield SetupStep(
                 "model",
                 "Which model is to learn?",
-                placeholder="enter here to type: a folder, a hub id, or words to search the hub",
+                "The model",
+                placeholder="a folder, a hub id, or words to search the hub",
             )
             yield SetupStep(
-                "data", "What is it to learn from?", placeholder="enter here to type a file, a folder or owner/name"
+                "data", "What is it to learn from?", "The rows", placeholder="a file, a folder or owner/name of the hub"
             )
-            yield SetupStep("goal", "What is it for?")
-            yield SetupStep("recipe", "This is what we would do, and why")
+            yield SetupStep("goal", "What is it for?", "Is fine-tuning the tool for it?")
+            yield SetupStep("recipe", "This is what we would do", "Every choice, and why")
         yield KeyFooter()
 
     def on_mount(self) -> None:
         """Recall the answers, look around, ask the first question."""
         self.answers = self._services.recall_answers()
         self._offer_cards()
-        self._step("goal").offer(goal_options(), self.answers.goal)
+        self._step("goal").offer(texts.goal_options(), self.answers.goal)
         self._look_at_machine()
+        self._look_at_fits(self.answers.card)
         self._look_for_models()
         self._look_for_files(self.answers.data)
         # A set-up that was left early goes on at the step where it was left.
         at = self.answers.step if self.answers.step in STEPS and not self.answers.done else STEPS[0]
-        self._reached = STEPS.index(at)
         self.show_step(at)
 
     def show_step(self, key: str) -> None:
@@ -169,8 +153,10 @@ class SetupScreen(Screen[SetupDone | None]):
             self._step("recipe").tell(Content(_BUSY))
             self._recommend(self.answers)
         elif key == "goal":
-            self._step("goal").offer(goal_options(), self.answers.goal)
+            self._step("goal").offer(texts.goal_options(), self.answers.goal)
         elif key in ("model", "data"):
+            if key == "model":
+                self._look_at_fits(self.answers.card)
             self._look_soon(key, self._step(key).lit)
 
     def on_tab_row_wanted(self, message: TabRow.Wanted) -> None:
@@ -180,8 +166,10 @@ class SetupScreen(Screen[SetupDone | None]):
 
     def on_setup_step_lit(self, message: SetupStep.Lit) -> None:
         """Show what is known of the option under the cursor."""
-        if message.step == "goal":
-            self._step("goal").tell(goal_text(goal_of(message.value)))
+        if message.step == "machine" and message.value != OTHER:
+            self._look_at_fits("" if message.value == HERE else message.value)
+        elif message.step == "goal":
+            self._step("goal").tell(texts.goal_text(texts.goal_of(message.value)))
         elif message.step in ("model", "data") and self.step == message.step:
             if self._wanted != message.value:  # enter was pressed on another option
                 self._wanted = None
@@ -198,16 +186,16 @@ class SetupScreen(Screen[SetupDone | None]):
             case "machine":
                 self._go_on(replace(self.answers, card="" if message.value == HERE else message.value))
             case "goal":
-                self._go_on(replace(self.answers, goal=goal_of(message.value)))
+                self._go_on(replace(self.answers, goal=texts.goal_of(message.value)))
             case "recipe":
-                self._finish(end_of(message.value))
+                self._finish(texts.end_of(message.value))
             case _:
                 self._wanted = message.value
                 self._look(message.step, self._answers_with(message.step, message.value))
 
     def on_setup_step_typed(self, message: SetupStep.Typed) -> None:
         """Take a line: a model, words to search the hub for, or a file."""
-        if message.step == "model" and not is_model(message.text):
+        if message.step == "model" and not texts.is_model(message.text):
             self._step("model").tell(Content("Asking the hub ..."))
             self._ask_hub(message.text)
             return
@@ -233,9 +221,8 @@ class SetupScreen(Screen[SetupDone | None]):
         known = {model.word for model in self._models}
         new = [model for model in message.models if model.word not in known]
         self._models = [*new, *self._models] if message.words is not None else [*self._models, *new]
-        wanted = new[0].word if new and message.words is not None else self.answers.base
         step = self._step("model")
-        step.offer([(model.word, partial(model_line, model)) for model in self._models], wanted)
+        self._offer_models(new[0].word if new and message.words is not None else self.answers.base)
         if message.words is not None:
             step.tell(message.words)
             step.focus_options()
@@ -246,9 +233,31 @@ class SetupScreen(Screen[SetupDone | None]):
             return
         self._recommendation = message.recommendation
         step = self._step("recipe")
-        step.tell_found(verdict_text(message.recommendation, self.answers.card))
-        step.offer(end_options(), likely_end(message.recommendation, self.answers.card))
+        step.tell_found(texts.verdict_text(message.recommendation, self.answers.card))
+        step.offer(texts.end_options(), texts.likely_end(message.recommendation, self.answers.card))
         self._tell_recommendation()
+
+    def _take_fits(self, card: str, fits: "CardFits | None") -> None:
+        """Show which models a card trains, and offer them where it is the card that is planned for."""
+        if self.step == "machine":
+            self._tell_machine(fits)
+        if card == self.answers.card and fits != self._fits:
+            self._fits = fits
+            self._offer_models(self._step("model").lit or self.answers.base)
+
+    def _tell_machine(self, fits: "CardFits | None") -> None:
+        from studio.tui.model_fits import ladder_text  # noqa: PLC0415  with the estimator
+
+        ladder = ladder_text(fits) if fits else Content("")
+        self._step("machine").tell(Content.assemble(self._machine_words, "\n", ladder))
+
+    def _offer_models(self, wanted: str) -> None:
+        """Offer the models that were found, and below them the known ones by whether the card trains them."""
+        found = [(model.word, partial(texts.model_line, model)) for model in self._models]
+        from studio.tui.model_fits import known_options  # noqa: PLC0415  with the estimator
+
+        known = known_options(self._fits, [word for word, _ in found]) if self._fits else []
+        self._step("model").offer([*found, *known], wanted)
 
     def on_resize(self) -> None:
         """Wrap the reasons anew: their lines are made for the width."""
@@ -309,7 +318,9 @@ class SetupScreen(Screen[SetupDone | None]):
             step = self._step("recipe")
             step.tell(
                 Content.assemble(
-                    goal_text(self.answers.goal), "\n\n", recommendation_text(self._recommendation, step.room)
+                    texts.goal_text(self.answers.goal),
+                    "\n\n",
+                    texts.recommendation_text(self._recommendation, step.room),
                 )
             )
 
@@ -332,7 +343,7 @@ class SetupScreen(Screen[SetupDone | None]):
         self.app.push_screen(ColumnsScreen(columns), take)
 
     def _offer_cards(self) -> None:
-        self._step("machine").offer(card_options(self.answers.card), self.answers.card or HERE)
+        self._step("machine").offer(texts.card_options(self.answers.card), self.answers.card or HERE)
 
     def _keep(self, answers: Answers) -> None:
         self.answers = answers
@@ -344,8 +355,13 @@ class SetupScreen(Screen[SetupDone | None]):
 
     @work(thread=True, group="machine")
     def _look_at_machine(self) -> None:
-        words = machine_text(self._services.machine(self._runs_root), self._runs_root)
-        self.app.call_from_thread(self._step("machine").tell, words)
+        self._machine_words = texts.machine_text(self._services.machine(self._runs_root), self._runs_root)
+        self.app.call_from_thread(self._tell_machine, None)
+
+    @work(thread=True, exclusive=True, group="fits")
+    def _look_at_fits(self, card: str) -> None:
+        with suppress(StudioError):
+            self.app.call_from_thread(self._take_fits, card, self._services.known_fits(card))
 
     @work(thread=True, group="models")
     def _look_for_models(self) -> None:
@@ -354,24 +370,15 @@ class SetupScreen(Screen[SetupDone | None]):
     @work(thread=True, group="files")
     def _look_for_files(self, chosen: str) -> None:
         files = [str(path) for path in self._services.data_files()]
-        options = data_options(files, chosen)
+        options = texts.data_options(files, chosen)
         self.app.call_from_thread(self._step("data").offer, options, chosen)
 
     @work(thread=True, exclusive=True, group="hub")
     def _ask_hub(self, words: str) -> None:
         try:
-            found = self._services.search_hub(words)
-            told = (
-                f"{len(found)} found on the hub, the most used first." if found else "The hub has nothing of that name."
-            )
+            self.post_message(self.Models(*self._lookup.hub(words)))
         except StudioError as error:
-            from studio.probe.known_models import names_with  # noqa: PLC0415  2 ms that only a dead line pays
-
-            if not (found := names_with(words)):
-                self.app.call_from_thread(self._step("model").tell, refused_text(str(error)))
-                return
-            told = f"{error} {len(found)} of that name can be planned without it: choose their card in the first step."
-        self.post_message(self.Models([Listed(word, "hub") for word in found], Content(told)))
+            self.app.call_from_thread(self._step("model").tell, texts.refused_text(str(error)))
 
     @work(thread=True, exclusive=True, group="look")
     def _look(self, step: str, answers: Answers) -> None:
@@ -386,7 +393,7 @@ class SetupScreen(Screen[SetupDone | None]):
         try:
             self.post_message(self.Recommended(answers, self._lookup.recommendation(answers)))
         except StudioError as error:
-            words = refused_text(f"{error}\nescape goes back to the question.")
+            words = texts.refused_text(f"{error}\nescape goes back to the question.")
             self.app.call_from_thread(self._step("recipe").tell, words)
 
     def _step(self, key: str) -> SetupStep:
