@@ -64,7 +64,7 @@ def made(text: str, tokenizer: Any, most: int, **how: Any) -> list[Example]:
     return [example for of_row in examples for example in of_row]
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("name", [*list(TOKENIZERS)[:-1], pytest.param("smollm", marks=pytest.mark.slow)])
 @given(text=TEXTS, most=st.sampled_from((150, 400, 10**6)), seq_len=st.integers(8, 40), stride=st.integers(0, 4),
        ends=st.booleans())  # fmt: skip
 @example(text="one\n\n\ntwo " * 60, most=150, seq_len=8, stride=4, ends=True)

@@ -95,6 +95,7 @@ def test_a_run_resumed_on_another_day_reads_the_same_tokens(
     assert not set().union(*trained_on) & before, "a new run has today's date"
 
 
+@pytest.mark.slow
 def test_a_run_is_audited_and_asked_with_the_date_it_was_trained_with(
     recipe: Recipe, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -142,7 +142,7 @@ def run(step_model: StepModel, batcher: Batcher, steps: int, after: Any = lambda
     return losses
 
 
-@pytest.mark.parametrize("method", ["lora", "nf4"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_thirty_steps_overlap(method: str) -> None:
     plain = run(step_model_of("untied", method, "full"), PADDED, 30)
     ours = step_model_of("untied", method, "chunked")

@@ -96,6 +96,7 @@ def examples_of(ids: Iterable[list[int]]) -> list[Example]:
     return [Example(array, array) for array in arrays]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asks", [pytest.param("command line, 100 rows", marks=pytest.mark.slow), "studio"])
 def test_figures_answers_and_speeds_of_a_run_rest_on_no_row_that_it_was_trained_on(
     recipe: Recipe,

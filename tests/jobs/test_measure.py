@@ -59,11 +59,11 @@ def measured(values: dict[str, Any], recipe: Recipe, dtype: str) -> Peaks:
 
 
 FAST = [
-    {"method": "lora"},
-    {"method": "lora", "train__recompute": "none"},
     {"method": "qlora", "train__recompute": "none", "adapter__targets": ("q_proj", "v_proj")},
 ]
 SLOW = [
+    {"method": "lora"},
+    {"method": "lora", "train__recompute": "none"},
     {"method": "lora", "model__stream": 3, "train__recompute": "none"},
     {"method": "qlora", "model__stream": 2},
     {"method": "qlora", "train__accumulation": 2, "train__optimizer": "adamw_8bit"},

@@ -223,6 +223,7 @@ TRACED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [TRACED[0], *(pytest.param(settings, marks=pytest.mark.slow) for settings in TRACED[1:])],
@@ -271,7 +272,7 @@ def evaluations_of(paths: RunPaths) -> list[Evaluated]:
     [
         ("dpo", "off"),
         ("orpo", "on"),
-        *(pytest.param(*one, marks=pytest.mark.slow) for one in (("dpo", "on"), ("orpo", "off"))),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in (("dpo", "on"), ("orpo", "off"), ("orpo", "on"))),
     ],
 )
 def test_a_run_learns_to_prefer(train: Train, pairs: Recipe, objective: str, packing: str) -> None:
@@ -304,6 +305,7 @@ def test_a_run_learns_to_prefer(train: Train, pairs: Recipe, objective: str, pac
         assert planned.batch_tokens == first.tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -459,6 +461,7 @@ def test_sides_must_begin_with_one_prompt_in_tokens(tiny: Path, monkeypatch: pyt
     assert left_out == {"prompts_differ": 1}
 
 
+@pytest.mark.slow
 def test_the_adapter_is_merged_exported_and_measured_as_any(
     train: Train, pairs: Recipe, merge: Merge, tmp_path: Path
 ) -> None:
@@ -523,6 +526,7 @@ def test_four_bits_and_16_bit_arithmetic(train: Train, pairs: Recipe) -> None:
     assert steps[-1].loss < 0.5
 
 
+@pytest.mark.slow
 def test_many_pairs_lie_on_disk_and_are_encoded_once(
     train: Train, pairs: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,7 +57,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[between.B
     monkeypatch.setattr(between.Between, "after_step", acting)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_8bit"])
+@pytest.mark.parametrize("optimizer", ["adamw_torch", pytest.param("adamw_8bit", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "qlora"])
 def test_resumed_equals_uninterrupted(
     train: Train, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, method: str, optimizer: str
@@ -343,6 +343,7 @@ def test_who_resumes_and_the_job_take_the_same_rows(
         check_resume(paths, job)
 
 
+@pytest.mark.slow
 def test_a_recipe_that_trains_something_else_is_refused_and_others_go_on(train: Train, stopped: RunPaths) -> None:
     said = refused(again(train, stopped, train__learning_rate=0.1, adapter__alpha=3.0))
     assert "train.learning_rate: 0.005 -> 0.1" in said
@@ -378,7 +379,14 @@ def test_a_run_that_does_not_say_what_it_was_made_from_is_refused(train: Train, 
     assert "does not say what it was made from" in refused(again(train, stopped))
 
 
-@pytest.mark.parametrize("damage", [damage_marker, damage_weights, damage_length, damage_json])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_marker,
+        damage_weights,
+        *(pytest.param(one, marks=pytest.mark.slow) for one in (damage_length, damage_json)),
+    ],
+)
 def test_a_damaged_checkpoint_is_passed_over_and_said(
     train: Train, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, stopped: RunPaths, damage: Callable[[Path], None]
 ) -> None:

@@ -40,6 +40,7 @@ def smollm() -> Any:
     return AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
 
 
+@pytest.mark.slow
 def test_the_embedded_model_learns_the_answer_and_its_stop_token(smollm: Any) -> None:
     assert smollm.pad_token_id == smollm.eos_token_id, "the case that masks the stop token elsewhere"
     (example,), report, said = encode(ONE, smollm)

@@ -67,9 +67,9 @@ def test_equals_a_plain_loop_of_peft_and_torch(train: Train, recipe: Recipe, tin
     [
         ("train.loss", "full"),
         ("train.recompute", "all"),
-        ("train.attention", "eager"),
+        pytest.param("train.attention", "eager", marks=pytest.mark.slow),
         ("train.packing", "on"),
-        ("train.packing", "auto"),
+        pytest.param("train.packing", "auto", marks=pytest.mark.slow),
     ],
 )
 def test_what_only_saves_memory_changes_no_loss(train: Train, recipe: Recipe, path: str, value: object) -> None:
@@ -83,7 +83,9 @@ def test_accumulation_changes_no_loss(train: Train, recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
-@pytest.mark.parametrize("variant", ["plain", "rslora", "dora"])
+@pytest.mark.parametrize(
+    "variant", ["plain", *(pytest.param(one, marks=pytest.mark.slow) for one in ("rslora", "dora"))]
+)
 def test_overfits_one_batch(train: Train, recipe: Recipe, method: str, variant: str) -> None:
     recipe = recipe.with_("method", method).with_("train.micro_batch", 6).with_("train.steps", 60)
     recipe = recipe.with_("train.learning_rate", 1e-2).with_("adapter.rank", 16)
@@ -241,6 +243,7 @@ def test_unknown_target_names_the_nearest(train: Train, recipe: Recipe) -> None:
     assert "q_proj" in failed.message
 
 
+@pytest.mark.slow
 def test_the_resident_peak_is_the_process_own() -> None:
     """Of a child, getrusage begins at what its parent held."""
     ballast = bytearray(os.urandom(2**20)) * 400

@@ -225,8 +225,8 @@ def test_launching_what_does_not_fit_takes_a_second_yes(tmp_path: Path) -> None:
     ("planned", "free_gib", "words"),
     [
         ("RTX 3060", 500, "GiB of main memory, and time"),
-        ("", 2, "would probably end it"),
-        ("RTX 3060", 2, "would probably end it"),
+        pytest.param("", 2, "would probably end it", marks=pytest.mark.slow),
+        pytest.param("RTX 3060", 2, "would probably end it", marks=pytest.mark.slow),
     ],
 )
 def test_a_cpu_is_asked_about_where_a_card_was_planned_for_or_memory_is_short(

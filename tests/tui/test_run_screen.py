@@ -277,7 +277,11 @@ def test_another_job_shows_its_log_and_what_it_saved(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("job", "keys"),
-    [("train", "xpcmt"), ("merge", "xmt"), ("export", "xt"), ("audit", "x"), ("measure", "x")],
+    [
+        ("train", "xpcmt"),
+        ("export", "xt"),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in (("merge", "xmt"), ("audit", "x"), ("measure", "x"))),
+    ],
 )
 def test_keys_are_offered_where_they_mean_something(tmp_path: Path, job: str, keys: str) -> None:
     paths, made = make_run(tmp_path), tmp_path / "made"
@@ -303,13 +307,18 @@ def test_keys_are_offered_where_they_mean_something(tmp_path: Path, job: str, ke
     ("job", "ends", "key", "why"),
     [
         ("train", "", "m", "This run has no adapter yet"),
-        ("train", "stopped", "t", "ended without an adapter. R resumes it."),
-        ("train", "", "R", "The run is alive"),
-        ("train", "done", "x", "The run has ended."),
-        ("merge", "", "t", "no model to chat with"),
         ("export", "done", "t", "a GGUF file is tried in llama.cpp"),
-        ("export", "", "m", "Only a training run has an adapter to merge."),
         ("audit", "", "p", "Only a training can be paused."),
+        *(
+            pytest.param(*one, marks=pytest.mark.slow)
+            for one in (
+                ("train", "stopped", "t", "ended without an adapter. R resumes it."),
+                ("train", "", "R", "The run is alive"),
+                ("train", "done", "x", "The run has ended."),
+                ("merge", "", "t", "no model to chat with"),
+                ("export", "", "m", "Only a training run has an adapter to merge."),
+            )
+        ),
     ],
 )
 def test_a_key_that_does_nothing_is_not_offered_and_says_why(
@@ -357,7 +366,9 @@ def test_a_job_without_steps_offers_no_empty_pages(tmp_path: Path) -> None:
 _TABS = ("1 Plots", "2 Samples", "3 Log", "4 Notes", "5 Memory")
 
 
-@pytest.mark.parametrize("size", [(1, 1), (20, 5), (40, 12), (300, 90)])
+@pytest.mark.parametrize(
+    "size", [(1, 1), *(pytest.param(one, marks=pytest.mark.slow) for one in ((20, 5), (40, 12), (300, 90)))]
+)
 def test_any_size(tmp_path: Path, size: tuple[int, int]) -> None:
     paths: RunPaths = make_run(tmp_path)
     with LiveWorker(paths) as worker:

@@ -57,7 +57,7 @@ async def to_the_question(pilot: Pilot[None], app: StudioApp, path: Path) -> Non
     await until(pilot, lambda: isinstance(app.screen, ColumnsScreen))
 
 
-@pytest.mark.parametrize(("size", "write"), [(NARROW, lines), (WIDE, tables)])
+@pytest.mark.parametrize(("size", "write"), [(NARROW, lines), pytest.param(WIDE, tables, marks=pytest.mark.slow)])
 def test_the_user_says_which_columns_ask_and_answer(tmp_path: Path, size: tuple[int, int], write: Any) -> None:
     asked, told = Asked(), Told()
     path = write(tmp_path / "rows.jsonl", ROW)
