@@ -119,6 +119,8 @@ def _document(answers: Answers, machine: Machine, recommendation: Recommendation
             {"label": choice.label, "settings": dict(choice.settings), "why": choice.why, "source": choice.source}
             for choice in recommendation.choices
         ],
+        "streamed": recommendation.streamed
+        and {"settings": dict(recommendation.streamed.settings), "words": recommendation.streamed.words},
         "recipe": recommendation.recipe.to_dict(),
         "saved": saved,
     }
@@ -153,6 +155,8 @@ def _tell(answers: Answers, machine: Machine, recommendation: Recommendation, sa
             f"({size(device.low)} to {size(device.high)}) of "
             f"{size(recommendation.budget_bytes)} on {answers.card or 'this card'}"
         )
+    if recommendation.streamed:
+        _say_wrapped(recommendation.streamed.words)
     if saved:
         say(f"saved as {saved}; start it with: lora-studio train {saved}")
     else:

@@ -16,6 +16,7 @@ from studio.core.errors import BadInput
 from studio.core.evidence import LEAST_ROWS
 from studio.core.goals import GOALS, Goal
 from studio.core.gpu_catalogue import GIB, Gpu
+from studio.core.placement.sixteen_bit import StreamedWay, streamed_way
 from studio.core.preferences import ADVISED_RATES
 from studio.core.recipe import Method, Recipe, number_of
 from studio.core.schedule import total_steps_of
@@ -99,6 +100,7 @@ class Recommendation:
         estimate: What the recipe needs; on a CPU there is no budget to compare it with.
         verdict: Whether it fits the card; None on a CPU.
         budget_bytes: What the card has for it; None on a CPU.
+        streamed: Where 4 bits were chosen only because 16 do not fit: how they could all the same. None elsewhere.
     """
 
     recipe: Recipe
@@ -107,6 +109,7 @@ class Recommendation:
     estimate: VramEstimate
     verdict: Verdict | None
     budget_bytes: int | None
+    streamed: StreamedWay | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +146,7 @@ def recommend(
     *,
     gpu: Gpu | None = None,
     budget_bytes: int | None = None,
+    ram_bytes: int | None = None,
 ) -> Recommendation:
     """Return a recipe for a goal and the reasons for it.
 
@@ -153,6 +157,7 @@ def recommend(
         data: The rows to learn from.
         gpu: The card; None trains on the CPU.
         budget_bytes: What is free on the card; None takes all of it.
+        ram_bytes: Main memory of the computer; None where it is not known.
 
     Raises:
         BadInput: The model cannot be adapted like this, or is quantised in a way that cannot be trained on.
@@ -181,7 +186,8 @@ def recommend(
     draft.choices.sort(key=lambda choice: _ORDER.index(choice.label))
     estimate = ground.estimate(draft.recipe)
     verdict = None if budget is None else estimate.verdict(budget)
-    return Recommendation(draft.recipe, tuple(draft.choices), GOALS[goal].instead, estimate, verdict, budget)
+    way = streamed_way(draft.recipe, shape, gpu, budget, ram_bytes)
+    return Recommendation(draft.recipe, tuple(draft.choices), GOALS[goal].instead, estimate, verdict, budget, way)
 
 
 _ORDER = (

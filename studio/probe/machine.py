@@ -75,6 +75,11 @@ def free_disk_bytes(folder: Path) -> int | None:
         return None
 
 
+def ram_bytes() -> int | None:
+    """Return the main memory in all; None where the system does not tell."""
+    return _ram()[0]
+
+
 def free_ram_bytes() -> int | None:
     """Return the main memory that can be had without swapping; None where the system does not tell."""
     return _ram()[1]

@@ -24,6 +24,7 @@ from studio.probe.data.lengths import estimated_tokens, texts_of
 from studio.probe.data.opened import Progress
 from studio.probe.data.places import absolute_word, is_saved
 from studio.probe.device import place_of
+from studio.probe.machine import ram_bytes
 from studio.probe.models import find_base, refuse_untrainable
 from studio.probe.plan import device_from_catalogue, device_of
 from studio.probe.reasoning_advice import reasoning_advice
@@ -204,7 +205,10 @@ def recommendation_for(answers: Answers, shape: ModelShape, data: DataFacts) -> 
         BadInput: There is no such card, or the model cannot be adapted.
     """
     device = device_from_catalogue(find_gpu(answers.card)) if answers.card else device_of(place_of("auto"))
-    return recommend(answers.goal, answers.base, shape, data, gpu=device.gpu, budget_bytes=device.free_bytes)
+    ram = None if answers.card else ram_bytes()  # another card is in another computer
+    return recommend(
+        answers.goal, answers.base, shape, data, gpu=device.gpu, budget_bytes=device.free_bytes, ram_bytes=ram
+    )
 
 
 def _facts(path: str, data: DataSet, base: str) -> DataFacts:

@@ -192,6 +192,8 @@ def recommendation_text(recommendation: Recommendation, width: int) -> Content:
             lines = lines or textwrap.wrap(plain(words, one_line=True), max(20, width - 2))
             indent = " " * (_WORD if width > _TWO_COLUMNS else 2)
             parts += [(f"{indent}{line}\n", style) for line in lines]
+    if recommendation.streamed:
+        parts += [f"{line}\n" for line in textwrap.wrap(recommendation.streamed.words, max(20, width))]
     return Content.assemble(*parts)
 
 

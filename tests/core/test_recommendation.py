@@ -13,6 +13,8 @@ from studio.core.gpu_catalogue import CATALOGUE, GIB, card_of_size, find_gpu
 from studio.core.quantised_base import QuantisedBase
 from studio.core.recommendation import DataFacts, Recommendation, recommend
 from studio.core.shape_from_config import shape_from_config
+from studio.core.vram.estimate import estimate_vram
+from studio.core.vram.setup import setup_of
 from tests.examples import examples
 
 EIGHT_B = shape_from_config(
@@ -50,6 +52,31 @@ def test_16_bit_where_it_fits_and_4_bit_where_only_they_do() -> None:
     small = recommend("style", "base", EIGHT_B, ROWS, gpu=find_gpu("3060"))
     assert (roomy.recipe.method, roomy.verdict) == ("lora", "fits")
     assert (small.recipe.method, small.verdict) == ("qlora", "fits")
+
+
+def test_who_has_little_vram_and_much_main_memory_is_shown_the_16_bit_base_with_its_price() -> None:
+    gpu = find_gpu("3060")
+    found = recommend("style", "base", EIGHT_B, ROWS, gpu=gpu, ram_bytes=32 * GIB)
+    assert found.recipe.method == "qlora"
+    assert found.streamed is not None
+    assert found.streamed.words.count(". ") == 1, "two sentences"
+    recipe = found.recipe
+    for path, value in found.streamed.settings:
+        recipe = recipe.with_(path, value)
+    assert recipe.problems() == ()
+    assert (recipe.method, recipe.rows_per_step) == ("lora", found.recipe.rows_per_step)
+    needs = estimate_vram(EIGHT_B, setup_of(recipe, gpu), gpu)
+    assert needs.device.high <= gpu.total_bytes
+    for number in (f"{recipe.model.stream} of its 32 layers", f"{needs.host.total / GIB:.1f} GiB of main memory"):
+        assert number in found.streamed.words
+    assert "this computer has" not in found.streamed.words
+    little = recommend("style", "base", EIGHT_B, ROWS, gpu=gpu, ram_bytes=4 * GIB).streamed
+    assert little is not None
+    assert "(this computer has 4.0)" in little.words
+    fewer = recipe.with_("model.stream", int(recipe.model.stream) - 1)
+    assert estimate_vram(EIGHT_B, setup_of(fewer, gpu), gpu).device.high > gpu.total_bytes, "the fewest that fit"
+    for roomy in (find_gpu("4090"), None):
+        assert recommend("style", "base", EIGHT_B, ROWS, gpu=roomy).streamed is None
 
 
 def test_a_base_that_is_quantised_already_leaves_qlora_or_nothing() -> None:
