@@ -60,7 +60,8 @@ def _said(row: dict[str, Any]) -> str:
     train = recipe.train
     kept = "no checkpointing" if train.recompute == "none" else "checkpointing"
     words = (recipe.method, f"rank {recipe.adapter.rank}", f"{train.micro_batch} x {train.seq_len}", kept)
-    return ", ".join((*words, f"{train.loss} loss", train.optimizer))
+    streamed = () if recipe.model.stream == "off" else (f"{recipe.model.stream} layers streamed",)
+    return ", ".join((*words, f"{train.loss} loss", train.optimizer, *streamed))
 
 
 def main() -> None:

@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 
 from studio.core.measured import height
-from tests.bench.trace_settings import TRACES, config_of, estimated_peak, estimated_stages
+from studio.core.shape_from_config import shape_from_config
+from studio.core.vram.estimate import estimate_vram
+from studio.core.vram.setup import setup_of
+from tests.bench.trace_settings import TRACES, config_of, estimated_peak, estimated_stages, recipe_of
 
 
 @lru_cache
@@ -33,7 +36,7 @@ def test_the_grid_is_wide() -> None:
     assert len(families) >= 8
     for name, least in {"rank": 4, "seq_len": 6, "micro_batch": 4, "optimizer": 3, "method": 2}.items():
         assert len({row["settings"].get(name) for row in rows()}) >= least, name
-    seldom = ("dora", "modules_to_save", "offload_checkpoints", "skip_modules", "rank_pattern", "layers")
+    seldom = ("dora", "modules_to_save", "offload_checkpoints", "skip_modules", "rank_pattern", "layers", "stream")
     often = ("loss", "recompute", "accumulation", "attention", "dropout", "dtype", "double_quant")
     for name in (*often, *seldom):
         assert any(name in row["settings"] for row in rows()), name
@@ -73,3 +76,27 @@ def test_what_the_engine_is_built_for(model: str, method: str, most_gib: float) 
     wanted = {"method": method, "seq_len": 2048, "optimizer": "paged_adamw_8bit"}
     (row,) = (row for row in rows() if (row["model"], row["layers"], row["settings"]) == (model, None, wanted))
     assert traced_peak(row) / 2**30 <= most_gib
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "tokens", "layers", "most_gib", "host_gib"),
+    [
+        ("Llama-3.1-8B", "lora", 2048, 32, 3.9, 14.0),
+        ("Llama-2-13b-hf", "lora", 2048, 40, 4.1, 23.9),
+        ("Qwen2.5-32B", "lora", 2048, 64, 7.5, 59.6),
+        ("Llama-3.1-70B", "qlora", 2048, 80, 9.8, 34.8),
+        ("Llama-3.1-8B", "qlora", 512, 32, 2.2, 4.3),
+    ],
+)
+def test_what_streaming_is_built_for(
+    model: str, method: str, tokens: int, layers: int, most_gib: float, host_gib: float
+) -> None:
+    """The same with all layers streamed; and what waits in main memory, which the estimate states."""
+    wanted = {"method": method, "seq_len": tokens, "optimizer": "paged_adamw_8bit", "stream": layers}
+    (row,) = (row for row in rows() if (row["model"], row["layers"], row["settings"]) == (model, None, wanted))
+    assert traced_peak(row) / 2**30 <= most_gib
+    host = max(parts["host"] for parts in row["peaks"].values())
+    assert host / 2**30 == pytest.approx(host_gib, abs=0.05)
+    shape = shape_from_config(config_of(model, None))
+    # Beside the weights, what stands for them on the card: a number or two.
+    assert 0 <= host - estimate_vram(shape, setup_of(recipe_of(wanted))).host.weights <= 4096
