@@ -10,7 +10,7 @@ import pytest
 
 from studio.jobs.base.streaming.ring import Ring, Way
 
-SCHEDULES = 10_000
+SCHEDULES, SOME = 10_000, 1000
 
 
 class FaultError(Exception):
@@ -165,8 +165,9 @@ def run(queues: DelayedQueues, layers: int, buffers: int, uses: Any, chance: ran
     queues.finish()
 
 
-def test_no_schedule_computes_too_early_or_overwrites_what_is_read() -> None:
-    for seed in range(SCHEDULES):
+@pytest.mark.parametrize("seeds", [range(SOME), pytest.param(range(SOME, SCHEDULES), marks=pytest.mark.slow)], ids=len)
+def test_no_schedule_computes_too_early_or_overwrites_what_is_read(seeds: range) -> None:
+    for seed in seeds:
         chance = random.Random(seed)  # noqa: S311
         layers = chance.randint(1, 4)
         run(DelayedQueues(chance), layers, min(layers, chance.randint(2, 3)), some_passes(chance, layers), chance)

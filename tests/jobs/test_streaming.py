@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from studio.core import tiles
-from studio.core.errors import JobFailed
+from studio.core.errors import BadInput, JobFailed
 from studio.core.gpu_catalogue import GIB
 from studio.core.recipe import AdapterSection, Recipe
 from studio.jobs.base.streaming.base import loading_behind, place_rest, stream, waiting_in
@@ -119,8 +119,8 @@ def four_bit(model: Any) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_same_bits_in_every_family(family: str) -> None:
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt2", "falcon", "opt", "phi", "cohere"])
+def test_the_same_bits_in_other_families(family: str) -> None:
     same(deep(family), range(4))
 
 
@@ -162,6 +162,7 @@ def test_bitsandbytes_own_product_would_train_on_other_weights(monkeypatch: pyte
     assert not all(torch.equal(got[name], gradient) for name, gradient in gradients.items())
 
 
+@pytest.mark.slow
 def test_evaluation_and_training_in_turns_and_fresh_buffers() -> None:
     model = llama(method="qlora")
     inputs = batch()
@@ -353,3 +354,10 @@ def test_loading_leaves_behind_what_will_be_streamed(tmp_path: Path, monkeypatch
     with torch.no_grad():
         assert torch.equal(model.eval()(ids).logits, whole.eval()(ids).logits)
     assert streamed.count == 1
+
+
+def test_a_model_that_is_no_stack_of_layers_is_refused() -> None:
+    model = llama()
+    model.get_base_model().model.layers = nn.ModuleList([*model.get_base_model().model.layers[:3]])
+    with pytest.raises(BadInput, match="is no stack of decoder layers"):
+        stream(model, 2, torch.device("cpu"))

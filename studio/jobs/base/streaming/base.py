@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import core_model_loading, modeling_utils
 
+from studio.core.errors import BadInput
 from studio.core.placement.streaming import streamed_layers
 from studio.jobs.base.model_class import decoder_layers
 from studio.jobs.base.streaming.four_bit import on_device
@@ -108,11 +109,16 @@ def stream(
         device: Where they are computed.
         new_host: Makes the memory in which weights wait.
         new_buffer: Makes the buffers; None makes them on the device.
+
+    Raises:
+        BadInput: The model has no stack of decoder layers.
     """
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    numbers = streamed_layers(count, len(decoder_layers(causal)))
+    if not numbers:
+        raise BadInput(f"{type(causal).__name__} is no stack of decoder layers: set model.stream off.")
     if (embedding := _looked_up(causal)) is not None:
         look_up(embedding, device)
-    numbers = streamed_layers(count, len(decoder_layers(causal)))
     queues = CardQueues(device) if device.type == "cuda" else HostQueues()
     on_card = new_buffer or partial(torch.empty, dtype=torch.uint8, device=device)
     made = StreamedLayers(model, numbers, queues, new_host=new_host, new_buffer=on_card)
