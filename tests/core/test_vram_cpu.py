@@ -125,7 +125,7 @@ def test_a_whole_run_on_a_cpu(fields: dict[str, Any]) -> None:
     assert predicted == pytest.approx(real, rel=0.02)
 
 
-@pytest.mark.parametrize("recompute", ["all", "none"])
+@pytest.mark.parametrize("recompute", ["all", "none", 1, 2])
 def test_the_backward_ends_at_the_first_layer_with_an_adapter(recompute: Any) -> None:
     """Layers before it keep nothing: here two short convolutions, which have neither queries nor values."""
     kinds = ["conv", "conv", "full_attention", "conv", "full_attention"]
