@@ -46,6 +46,9 @@ def test_every_field_of_a_recipe_is_on_the_form_once_and_explained() -> None:
         assert field.help.endswith(".")
         assert bool(field.cost) == isinstance(field.kind, Number)
     assert options_of("train.steps") == ()
+    layers = [value for value, _ in options_of("train.recompute")]
+    assert (layers[0], layers[-2:]) == ("none", ["all", "auto"])
+    assert all(FIELDS["train.recompute"].kind.read(value) in ("none", "all", "auto") or int(value) for value in layers)
 
 
 @BOTH
