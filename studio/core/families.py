@@ -109,6 +109,13 @@ class Family:
     experts_adapted_by_all: bool = False
 
 
+OWN_NORM = frozenset({"helium", "llama4_text"})
+"""Families whose RMS norm is written otherwise than Llama's, though it computes the same."""
+OWN_ROTARY = frozenset(
+    {"olmo", "olmo2", "olmo3", "ernie4_5", "ernie4_5_moe", "helium", "minimax_m2", "gemma3n_text", "gemma4_text"}
+)
+"""Families that turn the halves of whole heads by other code than Llama's."""
+
 LLAMA = Family()
 UNKNOWN = Family(expert_inner="moe_intermediate_size")
 """What a family that is not in the table is read as."""

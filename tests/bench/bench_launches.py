@@ -231,7 +231,7 @@ def of_a_layer(model: str, settings: dict[str, Any]) -> dict[str, Counter[str]]:
 SETTINGS: dict[str, dict[str, Any]] = {
     "LoRA bf16": {"method": "lora", "seq_len": 2048},
     "QLoRA NF4": {"method": "qlora", "seq_len": 2048},
-    "LoRA bf16, not computed again": {"method": "lora", "seq_len": 2048, "grad_checkpointing": False},
+    "LoRA bf16, not computed again": {"method": "lora", "seq_len": 2048, "recompute": "none"},
     "QLoRA NF4, dropout": {"method": "qlora", "seq_len": 2048, "dropout": 0.05},
 }
 MODELS = ("Llama-3.1-8B", "Qwen3-4B", "gemma-2-2b")

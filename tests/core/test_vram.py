@@ -194,7 +194,7 @@ def test_a_rank_that_lets_states_be_in_8_bits_asks_no_less_of_the_card():
     """SmolLM2's 576 wide maps have 4096 elements from rank 8 on."""
     setups = [Setup(rank=rank, seq_len=128, optimizer="adamw_8bit") for rank in (7, 8)]
     before, after = (estimated(shapes()["SmolLM2-135M"], setup) for setup in setups)
-    assert 0.98 < after.allocated.expected / before.allocated.expected < 0.99
+    assert 0.97 < after.allocated.expected / before.allocated.expected < 0.98
     assert after.device.expected >= before.device.expected
     assert after.device.high >= before.device.high
 

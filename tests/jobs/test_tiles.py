@@ -123,7 +123,7 @@ def test_short_rows_and_uncheckpointed_layers_are_taken_whole() -> None:
     adapted = model()
     layer = adapted.get_base_model().model.layers[0]
     rows: list[int] = []
-    layer.mlp.down_proj.base_layer.register_forward_hook(lambda module, given, made: rows.append(given[0].shape[1]))
+    layer.mlp.down_proj.register_forward_hook(lambda module, given, made: rows.append(given[0].shape[1]))
     adapted(input_ids=torch.zeros(1, TILE, dtype=torch.long))
     layer.gradient_checkpointing = False
     adapted(input_ids=torch.zeros(1, 2 * TILE, dtype=torch.long))

@@ -74,6 +74,7 @@ def _traits(shape: ModelShape, kind: StockSetup, kernel: Kernel) -> StockTraits:
     ours = layer_traits(shape, kind, kernel)
     adapter = replace(ours.adapter, casts_inputs=True, whole_itemsize=ours.arithmetic.residual)
     same = {field.name: getattr(ours, field.name) for field in fields(LayerTraits)}
+    same |= dict.fromkeys(("joins_products", "fused_norms", "fused_rotary"), False)  # what our loop fuses
     repeats = shape.repeats_heads or repeats_heads(shape, kind)
     # Checkpoints of torch's older kind (`use_reentrant=True`) run a whole forward and backward inside the backward.
     whole = kind.version < REENTRANT_BELOW

@@ -263,7 +263,7 @@ def _trained_node(
     if not run.tape.records:
         return None
     node = run.tape.node((saved[0].node,), (gradient,), saved, works)
-    node.trained = total(Polynomial(per_rank=linear.inputs + linear.outputs) for linear in maps), run.gradients
+    node.trained = (total(Polynomial(per_rank=linear.inputs + linear.outputs) for linear in maps),), run.gradients
     return node
 
 

@@ -6,7 +6,8 @@ modeling_deepseek_v3.py (`DeepseekV3Attention`), transformers 5.24.
 
 from studio.core.shape import Layer
 from studio.core.vram import operators as op
-from studio.core.vram.modules import Modules, unscaled_norm
+from studio.core.vram.elementwise import unscaled_norm
+from studio.core.vram.modules import Modules
 from studio.core.vram.polynomial import Polynomial
 from studio.core.vram.tape import Tensor
 

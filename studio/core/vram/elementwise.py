@@ -113,3 +113,29 @@ def centred_norm(x: Tensor) -> Tensor:
     out = op.cast(op.times_constant(normed), x.itemsize)
     x.tape.named(normed)
     return out
+
+
+def rms_norm(x: Tensor, groups: float, *, weight_in_fp32: bool = False) -> Tensor:
+    """Return an RMS norm computed in fp32.
+
+    Args:
+        x: What is normed.
+        groups: Norms per token: 1 over the hidden size, the number of heads over head_dim.
+        weight_in_fp32: Whether the weight is applied before the result is cast back (Gemma, OLMo 2).
+    """
+    wide = op.cast(x, 4)
+    inverse = op.activate_saving_result(op.mean_last(op.power(wide), Polynomial(per_token=groups)))
+    normed = op.multiply_rows(wide, inverse)
+    if weight_in_fp32:
+        out = op.cast(op.times_constant(normed), x.itemsize)
+    else:
+        out = op.times_constant(op.cast(normed, x.itemsize))
+    x.tape.named(normed)
+    return out
+
+
+def unscaled_norm(x: Tensor, groups: float) -> Tensor:
+    """Return an RMS norm without a weight."""
+    wide = op.cast(x, 4)
+    inverse = op.activate_saving_result(op.mean_last(op.power(wide), Polynomial(per_token=groups)))
+    return op.cast(op.multiply_rows(wide, inverse), x.itemsize)

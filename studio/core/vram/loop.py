@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from studio.core.families import OWN_NORM, OWN_ROTARY
 from studio.core.gpu_catalogue import Gpu
 from studio.core.shape import EXPERTS_DOWN, EXPERTS_UP, ModelShape
 from studio.core.tiles import tile_tokens
@@ -162,6 +163,9 @@ def layer_traits(shape: ModelShape, kind: Setup, kernel: Kernel) -> LayerTraits:
         plain_attention=runs_plain(shape, kind, kernel),
         sinks=shape.sinks,
         packed_experts=kind.packs_experts,
+        joins_products=True,
+        fused_norms=shape.family not in OWN_NORM,
+        fused_rotary=shape.family not in OWN_ROTARY,
     )
 
 

@@ -10,8 +10,9 @@ from typing import Literal
 from studio.core.layer_parts import Linear
 from studio.core.shape import EXPERTS_DOWN, EXPERTS_UP, Layer, ModelShape
 from studio.core.trainable import HEAD
+from studio.core.vram import fused
 from studio.core.vram import operators as op
-from studio.core.vram.elementwise import activated, centred_norm, rotated, sparse
+from studio.core.vram.elementwise import activated, centred_norm, rms_norm, rotated, sparse
 from studio.core.vram.operators import Arithmetic
 from studio.core.vram.polynomial import NOTHING, Polynomial
 from studio.core.vram.tape import Tape, Tensor
@@ -64,6 +65,9 @@ class LayerTraits:
         length: Tokens per row; 0 where a layer's sizes do not depend on it.
         fused_mixers: Whether kernels mix tokens by state and keep nothing but what they are given and what they give.
         tile: Tokens that a dense MLP takes at once in checkpointed layers and in evaluations; 0 for all.
+        joins_products: Whether one function makes an adapted layer's frozen product and its pair's, as in our loop.
+        fused_norms: Whether one function makes an RMS norm.
+        fused_rotary: Whether one function turns whole heads.
     """
 
     arithmetic: Arithmetic
@@ -81,6 +85,9 @@ class LayerTraits:
     length: int = 0
     fused_mixers: bool = False
     tile: int = 0
+    joins_products: bool = False
+    fused_norms: bool = False
+    fused_rotary: bool = False
 
     def modules(self, tape: Tape, shape: ModelShape, *, checkpointed: bool = False) -> "Modules":
         """Return the modules of one symbolic pass."""
@@ -150,6 +157,17 @@ class Modules:
             out = self._whole(layer, x, visits)
         elif layer.name not in self.traits.adapter.targets:
             out = self.base_linear(layer, x, visits)
+        elif self.traits.joins_products and not self.traits.adapter.dora:
+            dropped = self.dropout(x) if self.traits.adapter.dropout else None
+            out = fused.adapted_linear(
+                layer,
+                x,
+                dropped,
+                visits,
+                self.gradients,
+                compute=self.traits.arithmetic.compute,
+                quantised=bool(self.traits.quantised),
+            )
         elif self.traits.quantised:
             out = self._adapted_quantised(layer, x, visits)
         else:
@@ -289,10 +307,13 @@ class Modules:
 
     def rms_norm(self, layer: Layer, x: Tensor) -> Tensor:
         """Return an RMS norm over the hidden size."""
-        return rms_norm(x, 1, weight_in_fp32=layer.norm == "rms_wide")
+        return self.head_norm(layer, x, 1)
 
     def head_norm(self, layer: Layer, x: Tensor, groups: float) -> Tensor:
         """Return an RMS norm of queries or keys, with `groups` norms per token."""
+        if layer.norm == "rms" and self.traits.fused_norms:
+            by_kernel = not self.traits.cpu and x.itemsize == self.traits.arithmetic.compute
+            return fused.rms_norm(x, groups, by_kernel=by_kernel)
         return rms_norm(x, groups, weight_in_fp32=layer.norm == "rms_wide")
 
     def _layer_norm(self, x: Tensor, *, wide: bool) -> Tensor:
@@ -307,6 +328,9 @@ class Modules:
 
     def rotate(self, layer: Layer, x: Tensor) -> Tensor:
         """Return queries or keys turned by their positions."""
+        halves = layer.rotary == 1 and layer.rotary_form == "halves" and not layer.rotary_joined
+        if halves and self.traits.fused_rotary and not layer.rotary_wide:
+            return op.times_constant(x)
         return rotated(layer, x)
 
     # The feed-forward block, whose experts `studio.core.vram.experts` follows.
@@ -360,29 +384,3 @@ class Modules:
         out = op.cast(op.gather(op.multiply_rows(down, shares), 1 / experts.per_token), x.itemsize)
         self.tape.named(rows, both, product, down, shares)
         return out
-
-
-def rms_norm(x: Tensor, groups: float, *, weight_in_fp32: bool = False) -> Tensor:
-    """Return an RMS norm computed in fp32.
-
-    Args:
-        x: What is normed.
-        groups: Norms per token: 1 over the hidden size, the number of heads over head_dim.
-        weight_in_fp32: Whether the weight is applied before the result is cast back (Gemma, OLMo 2).
-    """
-    wide = op.cast(x, 4)
-    inverse = op.activate_saving_result(op.mean_last(op.power(wide), Polynomial(per_token=groups)))
-    normed = op.multiply_rows(wide, inverse)
-    if weight_in_fp32:
-        out = op.cast(op.times_constant(normed), x.itemsize)
-    else:
-        out = op.times_constant(op.cast(normed, x.itemsize))
-    x.tape.named(normed)
-    return out
-
-
-def unscaled_norm(x: Tensor, groups: float) -> Tensor:
-    """Return an RMS norm without a weight."""
-    wide = op.cast(x, 4)
-    inverse = op.activate_saving_result(op.mean_last(op.power(wide), Polynomial(per_token=groups)))
-    return op.cast(op.multiply_rows(wide, inverse), x.itemsize)

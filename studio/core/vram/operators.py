@@ -302,7 +302,7 @@ def trained_linear(
     copy = (Tensor(tape, weight, itemsize),) if arithmetic.autocast and itemsize != 4 else ()
     node = tape.node((x.node,), (gradient_like(x),), (x, *copy)) if tape.records else None
     if node is not None:
-        node.trained = weight, gradients
+        node.trained = (weight,), gradients
     out = Tensor(tape, outputs, itemsize, node)
     tape.named(x, *copy)
     return out

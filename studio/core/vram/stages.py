@@ -175,6 +175,10 @@ def standing(shape: ModelShape, loop: Loop, part: AdaptedPart) -> Standing:
     state = optimizer_bytes(shape, part, kind.optimizer, loop.whole_itemsize, pages=kind.device == "cuda")
     # Autocast leaves an embedding alone, as our products do with pairs on experts; the head's copy is made at the loss.
     whole = shape.embedding_parameters * (part.trains_embedding + part.trains_head)
+    copied = trained.parameters - whole - trained.of_experts
+    if loop.traits.joins_products and not part.dora:
+        # Nor does our product with the pair leave anything to autocast.
+        copied = sum(count * elements for count, elements in whole_tensors(shape, part)) - whole
     copy = 0
     if part.modules_to_save and loop.copies_whole:
         copy = kind.compute_itemsize * max(elements for _, elements in whole_tensors(shape, part))
@@ -190,10 +194,7 @@ def standing(shape: ModelShape, loop: Loop, part: AdaptedPart) -> Standing:
         temporary=trained.weights if loop.optimizer_copies else 0,
         # Copies that layers keep for their backward are counted there.
         copies=int(
-            kind.compute_itemsize
-            * (trained.parameters - whole - trained.of_experts)
-            * loop.caches_copies
-            * (kind.recomputed_of(shape.layers) / shape.layers)
+            kind.compute_itemsize * copied * loop.caches_copies * (kind.recomputed_of(shape.layers) / shape.layers)
         ),
         load=base + max(loop.load_extra, trained.weights + copy, trained.weights + streamed.buffers),
         parameters=trained.parameters,

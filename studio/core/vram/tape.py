@@ -222,7 +222,7 @@ class Node:
         turns_last: Whether it makes those after the gradients.
         apart: Whether the gradients of several outputs wait side by side (split) and are not added up.
         unpacks: Whether its backward reads anything that the forward saved, even if only a number.
-        trained: Elements of a trained fp32 weight whose gradient this node makes, and who keeps that gradient.
+        trained: Elements of the trained fp32 weights whose gradients this node makes, and who keeps those gradients.
         keeps: Who keeps the gradient that arrives here, where the node is an input or a trained weight itself.
         result: The number of what it made.
     """
@@ -237,7 +237,7 @@ class Node:
     turns_last: bool = False
     apart: bool = False
     unpacks: bool = False
-    trained: "tuple[Polynomial, list[Tensor]] | None" = None
+    trained: "tuple[tuple[Polynomial, ...], list[Tensor]] | None" = None
     keeps: list[Tensor] | None = None
     result: int = -1
 
@@ -294,9 +294,10 @@ def _apply(tape: Tape, node: Node, incoming: list[Tensor]) -> list[tuple[Node, T
     for sizes in () if node.turns_last else node.turns:
         tape.passing(*sizes)
     if node.trained is not None:
-        elements, kept = node.trained
-        kept.append(Tensor(tape, elements, 4))
-        tape.hold(kept[-1])
+        weights, kept = node.trained
+        for elements in weights:
+            kept.append(Tensor(tape, elements, 4))
+            tape.hold(kept[-1])
     if node.keeps is not None:
         node.keeps.append(incoming[0])
         tape.hold(incoming[0])

@@ -21,6 +21,7 @@ from studio.core.vram.stages import CUBLAS_WORKSPACE_BYTES, HOPPER_CUBLAS_WORKSP
 from studio.jobs.base import attention, sinks
 from studio.jobs.base.swapped import swapped
 from studio.jobs.measure.storages import HOST, PAGED, Storages
+from studio.jobs.train import fused_forms
 
 _aten = torch.ops.aten
 _HALF = (torch.bfloat16, torch.float16)
@@ -150,6 +151,13 @@ def _leaves(name: str, args: Any, kwargs: Any) -> bool:
     return to_host or bool(kwargs.get("pin_memory")) or kwargs.get("device") == "cpu"
 
 
+def _norm_by_kernel(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
+    """Make what torch's RMS norm makes, by one operator as there: its own would be written out on a CPU."""
+    if x.dtype != weight.dtype:
+        return None
+    return x * weight, torch.empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
 def _drops(_input: Any = None, p: float = 0.5, training: bool = True, inplace: bool = False, **_: Any) -> bool:
     return 0 < p < 1 and training and not inplace
 
@@ -273,6 +281,7 @@ def card_habits(storages: Storages, capability: tuple[int, int]) -> Iterator[Non
         stack.enter_context(swapped(Optimizer8bit, "get_state_buffer", state_buffer))
         stack.enter_context(swapped(attention, "has_grouped_kernel", functions.has_grouped_kernel))
         stack.enter_context(swapped(sinks, "kernel_for", functions.sink_kernel))
+        stack.enter_context(swapped(fused_forms, "norm_by_kernel", _norm_by_kernel))
         stack.enter_context(Kernels(storages, functions.cublas_bytes))
         stack.enter_context(functions)
         yield

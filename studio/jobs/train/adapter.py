@@ -29,6 +29,8 @@ from studio.jobs.base.experts.pairs import routers, stacks_named, take_over_pair
 from studio.jobs.base.load import family_of
 from studio.jobs.base.model_class import class_of, is_plain, odd_linears
 from studio.jobs.base.weights.pissa import difference
+from studio.jobs.train.adapted_linear import join_products
+from studio.jobs.train.fused_forms import fuse_forms
 from studio.jobs.train.guards import check_adapter
 from studio.jobs.train.served import check_folder
 from studio.jobs.train.tiles import tile_mlps
@@ -72,10 +74,11 @@ def attach_adapter(base: nn.Module, section: AdapterSection, *, recompute: Recom
         task_type=TaskType.CAUSAL_LM,
         auto_mapping=_base_class(base),
     )
-    model: PeftModel = take_over_pairs(get_peft_model(base, config, autocast_adapter_dtype=True))
+    model: PeftModel = join_products(take_over_pairs(get_peft_model(base, config, autocast_adapter_dtype=True)))
     check_patterns(model.get_base_model(), section)
     _spell_out_patterns(model)
     _widen_whole_modules(model)
+    fuse_forms(model)
     if recompute != "none":
         _checkpoint_layers(model.get_base_model())
     if isinstance(recompute, int):
