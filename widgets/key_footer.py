@@ -18,6 +18,10 @@ class KeyFooter(Footer):
     stay, and of the others those to the right are left out.
     """
 
+    DEFAULT_CSS = """
+    KeyFooter FooterKey .footer-key--key { color: $text-accent; }
+    """
+
     def __init__(self) -> None:
         """Show the keys of the screen; that of the command palette is shown like any other."""
         super().__init__(show_command_palette=False)

@@ -80,7 +80,7 @@ class LinePlot(Widget):
         """
         super().__init__(id=id, classes=classes)
         self._curves = tuple(curves)
-        self._title, self.border_title = title, title.capitalize()
+        self._title, self.border_title = title, title[:1].upper() + title[1:]
         self._picture = LinePicture(curves, x_label=x_label, from_zero=from_zero)
         self._looks: dict[int, Style] = {}
         self._rows: list[CellRow] = []

@@ -31,6 +31,7 @@ class TextLine(Input):
     DEFAULT_CSS = """
     TextLine {
         &:focus { background: $foreground 14%; }
+        & > .input--placeholder { color: $foreground 65%; }
         &.-editing, &.-editing:focus { background: $primary 30%; }
     }
     """

@@ -42,7 +42,7 @@ from tests.tui.stories import (
 )
 from widgets.gauge import Gauge
 
-LARGE = Recipe(name="big", method="lora").with_("train.micro_batch", 12)
+LARGE = Recipe(name="big", method="lora").with_("train.micro_batch", 24)
 
 
 def screen_of(app: StudioApp) -> ConfigureScreen:

@@ -46,7 +46,7 @@ from tests.tui.stories import (
 SIXTEEN_GB = 16 * 10**9
 
 
-class _Fake:
+class Fake:
     """Notes what is started; each start makes a run that has ended as it should."""
 
     def __init__(self, root: Path, *, refuses: str = "", why_not: str = "", ends: str = "done") -> None:
@@ -106,7 +106,7 @@ REPORT = {
 }  # fmt: skip
 
 
-def screen(tmp_path: Path, fake: _Fake) -> MergeScreen:
+def screen(tmp_path: Path, fake: Fake) -> MergeScreen:
     return MergeScreen(make_run(tmp_path, "trained"), services=fake.services(), poll_seconds=SELDOM)
 
 
@@ -118,7 +118,7 @@ async def opened(pilot: Pilot[None], app: StudioApp, shown_screen: MergeScreen |
 @BOTH
 def test_the_choices_are_seen_at_a_glance(tmp_path: Path, size: tuple[int, int]) -> None:
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
-        await opened(pilot, app, screen(tmp_path, _Fake(tmp_path)))
+        await opened(pilot, app, screen(tmp_path, Fake(tmp_path)))
         text = shown(app)
         for words in ("held-out 0.900  best", "step 60", "the run's adapter", "original 16-bit base", "KL .0006",
                       "16-bit model folder", "0.27 GB", "GGUF Q4_K_M"):  # fmt: skip
@@ -133,7 +133,7 @@ def test_the_choices_are_seen_at_a_glance(tmp_path: Path, size: tuple[int, int])
 
 
 def test_it_starts_what_is_chosen(tmp_path: Path) -> None:
-    fake = _Fake(tmp_path)
+    fake = Fake(tmp_path)
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await opened(pilot, app, screen(tmp_path, fake))
@@ -153,7 +153,7 @@ def test_it_starts_what_is_chosen(tmp_path: Path) -> None:
 
 
 def test_the_base_as_4_bits_left_it_is_offered_for_qlora_only(tmp_path: Path) -> None:
-    fake = _Fake(tmp_path)
+    fake = Fake(tmp_path)
     looked = fake.facts
     fake.facts = lambda paths: replace(looked(paths), recipe=Recipe(method="lora"))  # type: ignore[method-assign]
 
@@ -171,7 +171,7 @@ def test_the_base_as_4_bits_left_it_is_offered_for_qlora_only(tmp_path: Path) ->
 
 
 def test_a_damaged_checkpoint_is_shown_as_one_and_not_merged(tmp_path: Path) -> None:
-    fake = _Fake(tmp_path)
+    fake = Fake(tmp_path)
     looked = fake.facts
 
     def facts(paths: RunPaths) -> MergeFacts:
@@ -193,7 +193,7 @@ def test_a_damaged_checkpoint_is_shown_as_one_and_not_merged(tmp_path: Path) -> 
 
 
 def test_the_runs_own_adapter_is_no_checkpoint(tmp_path: Path) -> None:
-    fake = _Fake(tmp_path)
+    fake = Fake(tmp_path)
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await opened(pilot, app, screen(tmp_path, fake))
@@ -207,7 +207,7 @@ def test_the_runs_own_adapter_is_no_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fault", ["refuses", "why_not"])
 def test_a_refusal_is_shown_and_nothing_starts(tmp_path: Path, fault: str) -> None:
-    fake = _Fake(tmp_path, **{fault: f"no such base {HOSTILE}"})
+    fake = Fake(tmp_path, **{fault: f"no such base {HOSTILE}"})
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await opened(pilot, app, screen(tmp_path, fake))
@@ -223,7 +223,7 @@ def test_a_refusal_is_shown_and_nothing_starts(tmp_path: Path, fault: str) -> No
 
 def test_the_merged_model_is_always_made(tmp_path: Path) -> None:
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
-        await opened(pilot, app, screen(tmp_path, _Fake(tmp_path)))
+        await opened(pilot, app, screen(tmp_path, Fake(tmp_path)))
         outputs = app.screen.query_one("#outputs", PickMany)
         outputs.turn("merged")
         outputs.turn("int8")
@@ -388,7 +388,7 @@ def test_keys_of_the_run_and_of_the_list_lead_here(tmp_path: Path) -> None:
 
 
 def test_the_end_of_a_training_that_still_ran_is_noticed(tmp_path: Path) -> None:
-    fake = _Fake(tmp_path, why_not="it has no adapter yet")
+    fake = Fake(tmp_path, why_not="it has no adapter yet")
     run = make_run(tmp_path, "trained")
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:

@@ -45,6 +45,11 @@ class AuditReport(Vertical):
                 yield Static("", markup=False, id=f"audit-{part}")
         yield Vertical(id="audit-plot")
 
+    @property
+    def longer(self) -> bool:
+        """Whether the words are longer than their place."""
+        return self.query_one("#audit-words", ScrollableContainer).max_scroll_y > 0
+
     def turn(self, pages: int) -> None:
         """Scroll a page down, or up where it is negative."""
         words = self.query_one("#audit-words", ScrollableContainer)

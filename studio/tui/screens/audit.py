@@ -186,6 +186,8 @@ class AuditScreen(Screen[None]):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Offer keys only where they do something to the audit under the cursor."""
+        if action == "turn_report":
+            return self.is_mounted and self.query_one(AuditReport).longer
         if action not in ("open", "stop", "write"):
             return True
         chosen = self._chosen if self.is_mounted else None

@@ -171,7 +171,10 @@ class ConfigureScreen(Screen[None]):
     on_recipe_form_folded = _lay_out
 
     def on_recipe_form_reached(self, message: RecipeForm.Reached) -> None:
-        """Explain the field."""
+        """Explain the field; on a wide screen a field that is reached takes the cursor back from the memory."""
+        if self.has_class("-wide", "-memory"):
+            self.remove_class("-memory")
+            self.forecast.can_focus = False
         if message.path != self._left_field:
             self._changes.end_run()
         self._left_field = message.path or self._left_field

@@ -37,6 +37,9 @@ _NAMES = {
 _WORDS = {"Focus Next": "Next field or part of the screen", "Focus Previous": "The one before"}
 """Our words in place of Textual's own descriptions."""
 
+_FOCUS = ("app.focus_next", "app.focus_previous")
+"""Do nothing where a screen has one part that takes keys."""
+
 _SLIDER_KEYS = (
     ("← →", "one stop less, more, at once"),
     ("PgDn PgUp", "several stops"),
@@ -104,6 +107,7 @@ def keys_of(screen: Screen[Any]) -> list[tuple[str, str]]:
     for active in screen.active_bindings.values():
         binding = active.binding
         told = binding.show or (active.node in (screen, screen.app) and not binding.key.startswith(("ctrl+", "super+")))
+        told = told and not (binding.action in _FOCUS and len(screen.focus_chain) < 2)
         if active.enabled and binding.description and told:
             name = binding.action.removeprefix("app.")
             keys.setdefault((name, binding.description), []).append(_shown(binding.key))
