@@ -5,16 +5,22 @@ from dataclasses import replace
 from typing import Any
 
 from studio.commands.options import add_json, add_set
-from studio.commands.plan import add_card, device_for, pace_lines
+from studio.commands.plan import add_card, device_for, number_between, pace_lines
 from studio.commands.terminal import DONE, NO, say, size, table, write_json
 from studio.core.errors import BadInput
 from studio.core.fit import Fit, Priced, fit
-from studio.core.gpu_catalogue import Gpu
+from studio.core.gpu_catalogue import GIB, Gpu
+from studio.core.placement.planner import AIMS, Placed, Plan, Planner
+from studio.core.recipe import Recipe
 from studio.core.vram.report import VramEstimate, plan_to_dict
 from studio.core.vram.setup import Setup, as_it_lies, setup_of
+from studio.probe.machine import ram_bytes
 from studio.probe.pace import calibrated_estimate, pace_of, pace_to_dict
+from studio.probe.quality import audited
 from studio.probe.shape import find_shape
 from studio.runs.recipe_file import find_recipe, load_recipe
+
+_MOST_RAM_GIB = 2**20
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -24,11 +30,18 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--model", metavar="MODEL", help="another model: a folder, a config.json, a .gguf, a hub id")
     add_set(parser)
     add_card(parser)
+    parser.add_argument(
+        "--for",
+        dest="aim",
+        choices=AIMS,
+        help="fill the card: the fastest settings, those with the most bits, or those that take the least memory",
+    )
+    parser.add_argument("--ram-gib", metavar="X", help="with --for: main memory in GiB, if it is not this machine's")
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Search for changes, print them, and return 0 when something fits and 1 when nothing does.
+    """Search for changes, or for settings that fill the card; return 0 when something fits and 1 when nothing does.
 
     Raises:
         BadInput: The recipe or the model cannot be used, or no card is known.
@@ -43,6 +56,13 @@ def run(args: argparse.Namespace) -> int:
     def known(setup: Setup) -> VramEstimate:
         return calibrated_estimate(shape, setup, gpu)
 
+    if args.aim:
+        ram = ram_bytes()
+        if args.ram_gib is not None:
+            ram = int(number_between(args.ram_gib, "--ram-gib", 0.1, _MOST_RAM_GIB) * GIB)
+        return _fill(args, recipe, Planner(recipe, shape, gpu, budget, ram, known))
+    if args.ram_gib is not None:
+        raise BadInput("--ram-gib says what may wait in main memory: add --for speed, fidelity or room")
     found = fit(recipe, shape, gpu, budget, known)
     setup = as_it_lies(replace(setup_of(found.fix.recipe, gpu), device="cuda"), shape.quantised)
     pace = pace_of(found.fix.recipe, shape, setup, gpu)
@@ -56,6 +76,78 @@ def run(args: argparse.Namespace) -> int:
         for note in found.fix.estimate.notes:
             say(f"note: {note}")
     return DONE if found.fix.fits else NO
+
+
+def _fill(args: argparse.Namespace, recipe: Recipe, planner: Planner) -> int:
+    """Print the settings for an aim, what each part of the memory bought, and what would be next best."""
+    plan, quality = planner.plan(args.aim), _quality(recipe)
+    if args.json:
+        write_json(
+            {"fits": plan is not None, "for": args.aim, **_plan_document(plan, recipe, planner), "quality": quality}
+        )
+    elif plan is None:
+        say(f"nothing fits {size(planner.budget_bytes)}, not even the leanest settings; fit without --for says more")
+    else:
+        _print_plan(plan, args.aim, recipe, planner)
+        say(f"quality: {quality}")
+    return NO if plan is None else DONE
+
+
+def _plan_document(plan: Plan | None, recipe: Recipe, planner: Planner) -> dict[str, Any]:
+    if plan is None:
+        return {"recipe": {}, "bought": [], "runners_up": []}
+    chosen, gpu = plan.chosen, planner.gpu
+    of_chosen = plan_to_dict(
+        chosen.estimate, planner.shape, chosen.setup, gpu=gpu, budget_bytes=planner.budget_bytes
+    ) | pace_to_dict(pace_of(chosen.on(recipe), planner.shape, chosen.setup, gpu))
+    return {
+        "recipe": chosen.settings,
+        "bought": [{"words": one.words, "bytes": one.bytes, "speed_factor": one.factor} for one in plan.bought],
+        "runners_up": [
+            {
+                "recipe": one.settings,
+                "high_bytes": one.estimate.device.high,
+                "host_bytes": one.estimate.host.total,
+                "speed_factor": one.score / chosen.score,
+            }
+            for one in plan.runners_up
+        ],
+        "plan": of_chosen,
+    }
+
+
+def _print_plan(plan: Plan, aim: str, recipe: Recipe, planner: Planner) -> None:
+    chosen, gpu = plan.chosen, planner.gpu
+    device, host = chosen.estimate.device, chosen.estimate.host.total
+    waits = f", and {size(host)} of main memory" if host else ""
+    room = f"{size(planner.budget_bytes)} on {gpu.name or 'the card'}"
+    say(f"for {aim}: {size(device.expected)} ({size(device.low)} to {size(device.high)}) of {room}{waits}")
+    rows = [["bought", "memory", "speed"], ["the leanest settings", size(plan.leanest.estimate.device.high), ""]]
+    signed = ((one, "-" if one.bytes < 0 else "+") for one in plan.bought)
+    rows += [[one.words, f"{sign}{size(abs(one.bytes))}", f"x{one.factor:.2f}"] for one, sign in signed]
+    say(table(rows))
+    say(f"try: {_words(chosen, recipe)}")
+    for other in plan.runners_up:
+        speed, high = other.score / chosen.score, other.estimate.device.high
+        say(f"or, at {speed:.2f} of its speed, up to {size(high)}: {_words(other, recipe)}")
+    if chosen.setup.streamed:
+        say("no card has run a streamed base yet: such a run proves itself at its start, and stops where it cannot")
+    for line in pace_lines(pace_of(chosen.on(recipe), planner.shape, chosen.setup, gpu), chosen.setup):
+        say(line)
+
+
+def _quality(recipe: Recipe) -> str:
+    """Return what 4 bits cost on this model and data, where a race has measured it."""
+    raced = audited(recipe).get("qlora")
+    if raced is None:
+        return "not measured on this model and data, so that bits alone count; `audit race` measures"
+    return f"QLoRA ended {raced.more.value:+.3f} nats a token above LoRA in a race on this model and data"
+
+
+def _words(placed: Placed, recipe: Recipe) -> str:
+    """Return what is to be set in a recipe, which may be nothing."""
+    changed = ((path, value) for path, value in placed.settings.items() if value != recipe.get(path))
+    return " ".join(f"--set {path}={_word(value)}" for path, value in changed) or "the recipe as it is"
 
 
 def _document(found: Fit) -> dict[str, Any]:

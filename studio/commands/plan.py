@@ -175,7 +175,7 @@ def _setup(args: argparse.Namespace, recipe: Recipe, gpu: Gpu | None) -> Setup:
     elif given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise BadInput(f"{flags} describes the stock loop; add --engine hf, or leave it out")
-    replicas = _number(args.gpus, "--gpus", 1, 1024)
+    replicas = number_between(args.gpus, "--gpus", 1, 1024)
     return replace(setup, gpus=int(replicas))
 
 
@@ -203,7 +203,11 @@ def device_for(args: argparse.Namespace, recipe: Recipe) -> PlanDevice:
         BadInput: The catalogue has no such card, or the size is not a number of GiB from 0.1 to 4096.
     """
     if args.gpu or args.vram_gib:
-        gpu = find_gpu(args.gpu) if args.gpu else card_of_size(_number(args.vram_gib, "--vram-gib", 0.1, _MOST_GIB))
+        gpu = (
+            find_gpu(args.gpu)
+            if args.gpu
+            else card_of_size(number_between(args.vram_gib, "--vram-gib", 0.1, _MOST_GIB))
+        )
         return device_from_catalogue(gpu)
     return device_of(place_of(recipe.device.device, look()))
 
@@ -213,7 +217,12 @@ def _warn(device: PlanDevice) -> None:
         say(f"note: a run would not start here: {device.refusal}", to=sys.stderr)
 
 
-def _number(text: str, flag: str, low: float, high: float) -> float:
+def number_between(text: str, flag: str, low: float, high: float) -> float:
+    """Return the number that a flag was given; of GPUs a whole one.
+
+    Raises:
+        BadInput: It is no number, or one outside of these.
+    """
     try:
         value = float(text)
     except ValueError:

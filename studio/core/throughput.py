@@ -115,6 +115,19 @@ def speed_of(shape: ModelShape, setup: Setup, gpu: Gpu | None) -> Speed | None:
     return Speed(work.tokens / slow, work.tokens / usual, work.tokens / fast, sustained.basis)
 
 
+def careful_speed(shape: ModelShape, setup: Setup, gpu: Gpu) -> float | None:
+    """Return tokens a second as expected, were no copy of checkpoints to hide behind the computation; None as above.
+
+    Raises:
+        BadInput: A target does not exist in this model.
+    """
+    if not gpu.rated:
+        return None
+    work = step_work(shape, setup)
+    seconds = _with_copies(work, _seconds(work, gpu, _sustained(gpu)), _link(gpu))
+    return work.tokens / (seconds + work.host_bytes / _HOST_BYTES_PER_SECOND)
+
+
 def duration_of(speed: Speed, tokens: float) -> Duration:
     """Return how long so many tokens take."""
     seconds = (tokens / rate for rate in (speed.high, speed.expected, speed.low))

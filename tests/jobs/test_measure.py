@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from studio.core.errors import BadInput
 from studio.core.events import Failed, Finished, StepDone
 from studio.core.measured import height
-from studio.core.recipe import Recipe
+from studio.core.recipe import Recipe, Stream
 from studio.jobs.measure.__main__ import _body, _explain
 from studio.jobs.measure.real import CardMeter, train_longest
 from studio.jobs.measure.storages import Peaks, Storages
@@ -164,9 +164,10 @@ def test_a_peak_that_the_loop_read_and_reset_is_not_lost() -> None:
     assert meter.peaks() == {"backward": {"activations": 400}}
 
 
-def test_three_steps_on_a_card_are_the_engines_own(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layers", ["off", pytest.param(2, marks=pytest.mark.slow)])
+def test_three_steps_on_a_card_are_the_engines_own(layers: Stream, tiny: Path, tmp_path: Path) -> None:
     """With a CPU in the card's place, and a counter that only grows."""
-    recipe = recipe_of(method="qlora", model__dtype="fp32").with_("model.base", str(tiny))
+    recipe = recipe_of(method="qlora", model__dtype="fp32", model__stream=layers).with_("model.base", str(tiny))
     seen: list[tuple[Peaks, int, int]] = []
     paths = RunPaths(tmp_path / "run")
     paths.root.mkdir()

@@ -30,6 +30,8 @@ LAYERS = 5
 def model_of(recompute: Any, *, family: str = "llama", method: str = "lora", **section: Any) -> Any:
     torch.manual_seed(1)
     sizes = {**SMALL, **FAMILIES[family], "num_hidden_layers": LAYERS, "tie_word_embeddings": True}
+    if family == "falcon":
+        del sizes["head_dim"]  # a property there
     base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
     if method == "nf4":
         four_bit(base, torch.float32)

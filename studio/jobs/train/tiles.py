@@ -69,21 +69,26 @@ class _Tiles:
     """The forward of one MLP."""
 
     def __init__(self, layer: nn.Module, mlp: nn.Module, whole: Callable[[Tensor], Tensor]) -> None:
-        self._layer, self._mlp, self._whole = layer, mlp, whole
+        self._layer, self._mlp, self.whole = layer, mlp, whole
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the MLP's output `[batch, seq, hidden]`."""
         tile = tile_tokens(x.shape[:-1].numel())
         if not tile or torch.compiler.is_compiling():
-            return self._whole(x)
+            return self.whole(x)
         if not torch.is_grad_enabled():
-            return _in_tiles(self._whole, x, tile)
+            return _in_tiles(self.whole, x, tile)
         if not (self._layer.training and getattr(self._layer, "gradient_checkpointing", False)):
-            return self._whole(x)
+            return self.whole(x)
         trained = [parameter for parameter in self._mlp.parameters() if parameter.requires_grad]
         kept = _Kept.apply(x) if x.requires_grad else x  # type: ignore[no-untyped-call]
-        out: Tensor = _Tiled.apply(self._whole, tile, kept.grad_fn, kept, *trained)  # type: ignore[no-untyped-call]
+        out: Tensor = _Tiled.apply(self, tile, kept.grad_fn, kept, *trained)  # type: ignore[no-untyped-call]
         return out
+
+    def drops(self) -> bool:
+        """Return whether a forward drops anything at random."""
+        modules = self._mlp.modules()
+        return any(isinstance(module, nn.Dropout) and module.p > 0 and module.training for module in modules)
 
 
 def _in_tiles(whole: Callable[[Tensor], Tensor], x: Tensor, tile: int) -> Tensor:
@@ -115,12 +120,12 @@ class _Tiled(Function):
     """An MLP in tiles. Trained weights are inputs only so that it goes backward: it adds to their gradients itself."""
 
     @staticmethod
-    def forward(ctx: Any, whole: Any, tile: int, keeper: Any, x: Tensor, *trained: Tensor) -> Tensor:
-        ctx.whole, ctx.tile, ctx.keeper, ctx.trained = whole, tile, keeper, len(trained)
-        ctx.surroundings = _Surroundings(x.device)
+    def forward(ctx: Any, tiles: "_Tiles", tile: int, keeper: Any, x: Tensor, *trained: Tensor) -> Tensor:
+        ctx.whole, ctx.tile, ctx.keeper, ctx.trained = tiles.whole, tile, keeper, len(trained)
+        ctx.surroundings = _Surroundings(x.device, drops=tiles.drops())
         if keeper is None:
             ctx.save_for_backward(x)
-        return _in_tiles(ctx.surroundings.noting(whole), x, tile)
+        return _in_tiles(ctx.surroundings.noting(tiles.whole), x, tile)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
@@ -143,8 +148,8 @@ class _Tiled(Function):
 class _Surroundings:
     """Autocast and random state of a forward, so that its tiles are computed again as they were."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device.type
+    def __init__(self, device: torch.device, *, drops: bool) -> None:
+        self._device, self._drops = device.type, drops
         self._autocast = {
             "dtype": torch.get_autocast_dtype(device.type),
             "enabled": torch.is_autocast_enabled(device.type),
@@ -156,7 +161,7 @@ class _Surroundings:
         """Return an MLP's forward that notes the random state before each tile where something is dropped."""
 
         def noted(x: Tensor) -> Tensor:
-            if _drops(whole):
+            if self._drops:
                 self._states.append((torch.get_rng_state(), self._of_card()))
             return whole(x)
 
@@ -178,8 +183,3 @@ class _Surroundings:
 
     def _of_card(self) -> Tensor | None:
         return torch.cuda.get_rng_state() if self._device == "cuda" else None
-
-
-def _drops(whole: Any) -> bool:
-    mlp: nn.Module = whole.__self__
-    return any(isinstance(module, nn.Dropout) and module.p > 0 and module.training for module in mlp.modules())

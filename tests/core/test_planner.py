@@ -1,0 +1,172 @@
+"""The planner: what it chooses fits, and is what trying everything would choose."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+from itertools import product
+from typing import Any
+
+import pytest
+
+from studio.core.gpu_catalogue import GIB, Gpu, card_of_size, find_gpu
+from studio.core.placement.planner import AIMS, Aim, Placed, Plan, Planner
+from studio.core.recipe import Recipe
+from studio.core.shape import ModelShape
+from studio.core.shape_from_config import shape_from_config
+from studio.core.throughput import careful_speed
+from studio.core.vram.estimate import estimate_vram
+from studio.core.vram.report import VramEstimate
+from studio.core.vram.setup import Setup, setup_of
+from tests.core.published_rows import shapes
+
+SHAPE = shape_from_config(
+    {
+        "model_type": "llama",
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 4096,
+        "tie_word_embeddings": False,
+    }
+)
+CARD = find_gpu("4090")
+RECIPE = Recipe().with_("train.accumulation", 4).with_("train.seq_len", 2048).with_("adapter.rank", 64)
+FAST = (("Llama-3.2-1B", "T4"), ("Llama-2-7b-hf", "4070"), ("Llama-2-13b-hf", "4090"))
+CARDS = ("1080 Ti", "3060", "T4", "4070", "A10", "4090", "5090", "A100-80GB")
+RAM = 64 * GIB
+
+
+def planned(
+    aim: Aim, budget: int, *, recipe: Recipe = RECIPE, shape: ModelShape = SHAPE, gpu: Gpu = CARD, ram: int | None = RAM
+) -> Plan | None:
+    return Planner(recipe, shape, gpu, budget, ram, lambda setup: estimate_vram(shape, setup, gpu)).plan(aim)
+
+
+@lru_cache
+def everything() -> tuple[tuple[Setup, VramEstimate, float], ...]:
+    """Every setting of the small model."""
+    return tuple((setup, estimate_vram(SHAPE, setup, CARD), careful_speed(SHAPE, setup, CARD) or 0) for setup in _all())
+
+
+def _all() -> Iterator[Setup]:
+    setup = setup_of(RECIPE, CARD)
+    for method, optimizer, rows, again, stream, offloads in product(
+        ("lora", "qlora"),
+        ("adamw_torch", "adamw_8bit", "paged_adamw_8bit"),
+        (1, 2, 4),
+        ("none", 1, 2, 3, "all"),
+        ("off", 2, 4),
+        (False, True),
+    ):
+        if not (offloads and again == "none"):
+            choices: dict[str, Any] = {"method": method, "optimizer": optimizer, "recompute": again, "stream": stream}
+            yield replace(setup, **choices, micro_batch=rows, accumulation=4 // rows, offload_checkpoints=offloads)
+
+
+def by_force(aim: Aim, budget: int, ram: int | None) -> Setup | None:
+    room = [one for one in everything() if one[1].host.total <= 0.85 * (ram or 0)]
+    fitting = [one for one in room if one[1].device.high <= budget]
+    resident = [one for one in fitting if one[0].stream == "off"]
+    kept = [one for one in fitting if one[0].method == "lora"] if aim == "fidelity" else []
+    fitting = resident + [one for one in kept if not any(each[0].method == "lora" for each in resident)] or fitting
+    least = min((one[1].device.high for one in fitting), default=0)
+
+    def best(one: tuple[Setup, VramEstimate, float]) -> Any:
+        setup, estimate, speed = one
+        eight = "8bit" in setup.optimizer
+        order = ["adamw_torch", "adamw_8bit", "paged_adamw_8bit"].index(setup.optimizer)
+        ties = (setup.recomputed_of(4), order, setup.offload_checkpoints)
+        lost = {"speed": 0, "fidelity": (setup.method == "qlora", eight), "room": estimate.device.high > least}[aim]
+        return lost, setup.stream != "off", -speed, *ties, estimate.device.high
+
+    return min(fitting, key=best)[0] if fitting else None
+
+
+@pytest.mark.parametrize("aim", AIMS)
+def test_it_chooses_what_trying_everything_chooses(aim: Aim) -> None:
+    highs = sorted(one[1].device.high for one in everything())
+    found = set[Setup | None]()
+    for ram in (48 * 2**20, RAM):
+        for budget in (highs[0] - 1, highs[0], *highs[20 :: len(highs) // 7], highs[-1]):
+            plan = planned(aim, budget, ram=ram)
+            chosen = plan and plan.chosen.setup
+            assert chosen == by_force(aim, budget, ram), (ram, budget)
+            found.add(chosen)
+    assert len(found) > (2 if aim == "room" else 6)
+
+
+def check(plan: Plan, budget: int) -> None:
+    for placed in (plan.chosen, plan.leanest, *plan.runners_up):
+        assert placed.estimate.device.high <= budget
+        assert placed.setup.micro_batch * placed.setup.accumulation == RECIPE.rows_per_step
+        assert placed.on(RECIPE).problems() == ()
+        assert placed.estimate.host.total <= RAM
+    assert all(one.setup != plan.chosen.setup for one in plan.runners_up)
+    spent = plan.chosen.estimate.device.high - plan.leanest.estimate.device.high
+    assert sum(one.bytes for one in plan.bought) == spent
+    gained = plan.chosen.score / plan.leanest.score
+    for one in plan.bought:
+        gained /= one.factor
+    assert gained == pytest.approx(1)
+
+
+_DEEP = sorted(shapes(), key=lambda name: (shapes()[name].parameters, name))[::3]
+
+
+@pytest.mark.parametrize(
+    ("model", "card"),
+    [
+        *FAST,
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in product(_DEEP, CARDS)),
+    ],
+)
+def test_nothing_chosen_goes_beyond_the_card(model: str, card: str) -> None:
+    shape, gpu = shapes()[model], find_gpu(card)
+    plans = {aim: planned(aim, gpu.total_bytes, shape=shape, gpu=gpu) for aim in AIMS}
+    if plans["room"] is None:
+        assert set(plans.values()) == {None}
+        return
+    for plan in plans.values():
+        assert plan is not None
+        check(plan, gpu.total_bytes)
+    speed, fidelity, room = (plan.chosen for plan in plans.values() if plan)
+    resident = [one for one in (speed, fidelity) if one.setup.stream == room.setup.stream]
+    assert all(room.estimate.device.high <= one.estimate.device.high for one in resident)
+    assert (speed.setup.stream == "off") == (room.setup.stream == "off")
+    assert (fidelity.setup.method, "8bit" in fidelity.setup.optimizer) <= (speed.setup.method, True)
+    if speed.setup.stream == "off":
+        assert speed.score >= room.score
+
+
+def test_what_the_recipe_rules_out_is_not_chosen() -> None:
+    shape = shapes()["Llama-2-7b-hf"]
+
+    def setups(aim: Aim, **fields: Any) -> list[Setup]:
+        recipe = RECIPE
+        for path, value in fields.items():
+            recipe = recipe.with_(path.replace("__", "."), value)
+        plan = planned(aim, CARD.total_bytes, recipe=recipe, shape=shape)
+        return [placed.setup for placed in (plan.chosen, *plan.runners_up)] if plan else []
+
+    assert {setup.method for setup in setups("speed", method="lora", adapter__init="pissa")} == {"lora"}
+    assert {setup.method for setup in setups("fidelity", adapter__init="loftq")} == {"qlora"}
+
+
+def test_a_card_without_known_speed_is_filled_too() -> None:
+    plan = planned("speed", 12 * GIB, shape=shapes()["Llama-2-7b-hf"], gpu=card_of_size(12))
+    assert plan is not None
+    check(plan, 12 * GIB)
+    assert plan.chosen.setup.recomputed_of(32) < 32
+
+
+def test_placed_settings_are_plain_values_of_a_recipe() -> None:
+    plan = planned("fidelity", 12 * GIB, shape=shapes()["Llama-2-13b-hf"], gpu=find_gpu("4070"))
+    assert plan is not None
+    assert isinstance(plan.chosen, Placed)
+    made = plan.chosen.on(RECIPE)
+    assert made.method == "lora"
+    assert made.model.stream == 40
+    assert "40 of 40 layers in main memory" in plan.bought[0].words
+    assert setup_of(made, find_gpu("4070")) == plan.chosen.setup
