@@ -317,8 +317,9 @@ class TrainSection:
         "all",
         LayerCount(("all", "none", "auto"), none="none"),
         "Recompute",
-        "How many layers, from the first, are computed again on the way back instead of keeping their activations: "
-        "all take the least memory and a third more time than none; auto as few as the card has room for.",
+        "How many layers, from the first, are computed again on the way back instead of keeping their activations; "
+        "auto: as few as the card has room for.",
+        cost="Time: all take about a third more than none, and the least memory.",
         flag="recompute",
         resume="rounded",
     )

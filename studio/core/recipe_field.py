@@ -43,7 +43,7 @@ class Field:
         kind: Which values it may have.
         label: Its name on the screen.
         help: What it is, for a user.
-        cost: What turning it up costs or buys; numbers alone have one.
+        cost: What turning it up costs or buys; numbers, also of layers, alone have one.
         flag: Its command-line flag, without dashes; empty where only `--set` reaches it.
         heading: Under which heading screens and reference show it; empty for that of its table.
         resume: What a resumed run may do with it.

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from textual.pilot import Pilot
 
+from studio.core.layer_count import LayerCount
 from studio.core.recipe import FIELDS, SECTIONS, Recipe
 from studio.core.value_kinds import Number
 from studio.tui.app import StudioApp
@@ -45,7 +46,7 @@ def test_every_field_of_a_recipe_is_on_the_form_once_and_explained() -> None:
         assert field.label
         assert len(field.label) < 18, "labels line up"
         assert field.help.endswith(".")
-        assert bool(field.cost) == isinstance(field.kind, Number)
+        assert bool(field.cost) == isinstance(field.kind, (Number, LayerCount))
     assert options_of("train.steps") == ()
     layers = [value for value, _ in options_of("train.recompute")]
     assert (layers[0], layers[-2:]) == ("none", ["all", "auto"])
