@@ -28,7 +28,7 @@ from studio.tui.trade import footnote, rows_of, sides_of
 from tests.tui.stories import EIGHT_B, ESCAPES, card_of
 
 SMALL = Recipe(method="qlora").with_("train.micro_batch", 2)
-LARGE = Recipe(method="lora").with_("train.micro_batch", 12).with_("train.accumulation", 2)
+LARGE = Recipe(method="lora").with_("train.micro_batch", 24).with_("train.accumulation", 2)
 
 
 def on(device: PlanDevice) -> Forecaster:
@@ -110,7 +110,7 @@ def test_fixes_save_what_they_say_and_the_gentlest_that_fits_is_taken() -> None:
     before = forecaster.outlook(LARGE)
     assert before.verdict == "does not fit"
     fixes = forecaster.single_fixes(LARGE)
-    assert "micro-batch 12 -> " in fixes[0].words, "the same rows a step come first"
+    assert "micro-batch 24 -> " in fixes[0].words, "the same rows a step come first"
     for fix in fixes:
         after = forecaster.outlook(with_settings(LARGE, fix.settings))
         assert before.estimate.device.expected - after.estimate.device.expected == fix.saved_bytes > 0
@@ -123,7 +123,7 @@ def test_fixes_save_what_they_say_and_the_gentlest_that_fits_is_taken() -> None:
     fitted = with_settings(LARGE, first.settings)
     assert fitted == first.recipe
     assert forecaster.outlook(fitted).verdict == "fits"
-    assert fitted.rows_per_step == LARGE.rows_per_step == 24
+    assert fitted.rows_per_step == LARGE.rows_per_step == 48
     larger = [rows for rows in (6, 4, 3, 2, 1) if rows > fitted.train.micro_batch]
     for rows in larger:
         assert forecaster.outlook(LARGE.with_("train.micro_batch", rows)).verdict != "fits", "no smaller than needed"

@@ -271,9 +271,9 @@ def test_known_models_are_offered_by_whether_the_card_trains_them(tmp_path: Path
         assert ladder["Llama-3.1-8B"].count("✓") == 2
         assert (ladder["phi-4"].count("✗"), ladder["phi-4"].count("✓")) == (1, 1), "14 B in 4 bits only"
         await through(pilot, app, "model")
-        await until(pilot, lambda: "FITS RTX 4090" in shown(app) and "16.9 GiB" in shown(app))
+        await until(pilot, lambda: "FITS RTX 4090" in shown(app) and "16.8 GiB" in shown(app))
         bars = [line for line in shown(app).splitlines() if "GiB  █" in line]
-        assert [("LoRA 16-bit   16.9" in bars[0], "QLoRA 4-bit" in bars[1])] == [(True, True)]
+        assert [("LoRA 16-bit   16.8" in bars[0], "QLoRA 4-bit" in bars[1])] == [(True, True)]
         assert bars[0].count("█") > 2 * bars[1].count("█"), "16 bits take more of the card than 4"
         await pilot.press("end")
         await until(pilot, lambda: "LARGER THAN RTX 4090" in shown(app) and "Qwen3-235B-A22B" in shown(app))

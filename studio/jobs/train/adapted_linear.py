@@ -100,7 +100,8 @@ class _Adapted(torch.autograd.Function):
         ctx.form = None if state is None else with_tensors(state, repeat(None))
         ctx.turned, ctx.scaling, ctx.shape = type(base) is Conv1D, scaling, x.shape
         ctx.save_for_backward(read, narrow, second, first if wants_x or wants_dropped else None, *held)
-        return made.reshape(*x.shape[:-1], made.shape[-1])
+        # Not a view, which nobody could write into (Llama 4 adds to its shared expert's output in place).
+        return cast(Tensor, torch.ops.aten._unsafe_view(made, [*x.shape[:-1], made.shape[-1]]))
 
     @staticmethod
     @once_differentiable

@@ -17,6 +17,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from studio.jobs.base.progress import PhaseTeller
+from studio.jobs.train.fused_forms import unfuse_forms
 from studio.jobs.train.head import TOLERANCE
 from studio.jobs.train.step_model import StepModel
 from studio.runs.failure import leaves_no_other_way
@@ -95,14 +96,15 @@ def compile_layers(causal: nn.Module) -> Undo:
 
     dynamo.config.recompile_limit = _RECOMPILES
     forwards: dict[Any, Any] = {}
-    undo: list[Undo] = []
+    undo: list[Undo] = [unfuse_forms(causal)]
     for layer in _layers(causal):
         # The class's own function, without decorators: all layers of the class then share one compiled function.
         written = inspect.unwrap(type(layer).forward)
         if written not in forwards:
             forwards[written] = torch.compile(written, backend=BACKEND, dynamic=True)
         undo.append(_replace(layer, forwards[written]))
-    if not undo:
+    if len(undo) == 1:
+        undo[0]()
         raise ValueError("this model's layers are not marked as transformers marks them")
 
     def undo_all() -> None:

@@ -3,12 +3,14 @@
 A norm as Llama has it is eight operators forward and thirteen backward, and keeps its input in fp32; torch has one
 kernel for each way, which keeps the input as it is and a number per row. Queries and keys are turned by three operators
 instead of five, and by three instead of nine on the way back. Both are put only where the family's own code is Llama's
-to the byte, so that a family that does anything else keeps what it has. Layers that torch compiles run as written: the
-compiler fuses them itself. Without CUDA a norm is computed by transformers' own formula and keeps as little.
+to the byte, so that a family that does anything else keeps what it has. Layers that torch compiles run as written
+(`unfuse_forms`): the compiler fuses them itself. Without CUDA a norm is computed by transformers' own formula and keeps
+as little.
 """
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from types import FunctionType, MethodType
 from typing import Any, cast
 
@@ -33,6 +35,16 @@ def fuse_forms(model: nn.Module) -> None:
             if kind not in attentions:
                 attentions[kind] = _with_turned(inspect.unwrap(kind.forward))
             module.forward = MethodType(attentions[kind], module)
+
+
+def unfuse_forms(model: nn.Module) -> Callable[[], None]:
+    """Let a model's norms and attention layers run as transformers wrote them; return what fuses them again."""
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        function = forward.__func__ if isinstance(forward, MethodType) else None
+        if function is _normed or getattr(function, "__globals__", {}).get(_ROTATES) is turned:
+            del module.forward
+    return partial(fuse_forms, model)
 
 
 def _same_code(one: Any, other: Any) -> bool:
@@ -77,8 +89,6 @@ def norm_by_kernel(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tenso
 
 
 def _normed(module: Any, hidden_states: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():
-        return cast(Tensor, type(module).forward(module, hidden_states))
     normed: Tensor = cast(Any, _RmsNorm).apply(hidden_states, module.weight, module.variance_epsilon)
     return normed
 
@@ -127,8 +137,6 @@ def turned(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: 
         sin: Like `cos`.
         unsqueeze_dim: The dimension of the heads.
     """
-    if torch.compiler.is_compiling():
-        return cast(tuple[Tensor, Tensor], llama.apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim))
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     run = cast(Any, _Turned).apply
     return run(query, cos, sin), run(key, cos, sin)

@@ -206,7 +206,7 @@ class DataNote(Static):
             shown = Content.styled("d shows the rows as the model reads them", "dim")
         tall = self.size.height > 1
         text = Content.assemble("" if tall else ("Data ", "bold"), (f"{name}  ", "dim"), shown)
-        if self._summary is not None and tall:
+        if self._summary is not None and self._opened is not None and tall:
             from studio.tui.panels.data_text import glance_text  # noqa: PLC0415  not needed for the first frame
 
             text = Content.assemble(text, "\n\n", glance_text(self._opened, self._summary, self.content_size.width))
