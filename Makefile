@@ -23,8 +23,9 @@ $(READY): pyproject.toml
 demo: setup
 	$(BIN)/lora-studio demo
 
+# Three processes for two cores: a quarter of the time a test waits, for a process of its own or for a screen.
 test: setup
-	$(PYTEST) -n 2 --dist loadfile -m "not slow"
+	$(PYTEST) -n 3 --dist loadfile -m "not slow"
 
 test-slow: setup
 	$(PYTEST) -n 2 --dist loadfile -m slow

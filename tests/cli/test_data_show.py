@@ -45,6 +45,7 @@ def test_a_row_as_json_and_in_words(cli: Cli, model: str) -> None:
     assert sum(document["histogram"]["counts"]) == 5
 
 
+@pytest.mark.slow
 def test_rows_in_words_and_rows_that_are_not_there(cli: Cli, model: str) -> None:
     told = cli("data", "show", "rows.jsonl", "--model", model, "--row", "2").out
     assert "<|im_start|>assistant⏎\n▸it 1<|im_end|>◂⏎\n" in told

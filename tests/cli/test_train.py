@@ -208,6 +208,7 @@ def test_a_killed_command_line_leaves_the_run_alive(home: Path, recipe: Path) ->
     assert isinstance(read_events(paths.events)[-1], Finished)
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_ends_the_command_quietly_and_not_the_run(home: Path, recipe: Path) -> None:
     process = _running_cli(recipe, "train", str(recipe), FAKE_SECONDS="0.01")
     assert process.stdout is not None

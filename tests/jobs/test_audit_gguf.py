@@ -161,6 +161,7 @@ def test_what_llama_cpp_cannot_run_gets_a_row_that_says_why(
     assert said in (tmp_path / "audit" / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_other_vocabularies_and_cut_answers_are_no_figures(trained: RunPaths, tools: Path, tmp_path: Path) -> None:
     export(trained, "one", "f16")
     (tools / "answers.f32").write_bytes(b"\0" * 4000)

@@ -202,6 +202,7 @@ def test_a_lora_run_is_compared_with_four_bits_afterwards(
     assert by_name["merged 16-bit"]["kl"]["value"] < by_name[f"on {FOUR}"]["kl"]["value"]
 
 
+@pytest.mark.slow
 def test_an_adapter_on_head_and_embedding_and_a_module_saved_whole(
     recipe: Recipe, half: Path, train: Train, tmp_path: Path
 ) -> None:

@@ -91,6 +91,7 @@ def test_every_token_is_learnt_once(name: str, text: str, most: int, seq_len: in
         assert found == wanted
 
 
+@pytest.mark.slow
 def test_blocks_are_full_but_for_the_last(tmp_path: Path) -> None:
     lengths = [len(one.input_ids) for one in made("a b " * 500, tokenizer_of("smollm"), 10**6, seq_len=64, stride=8)]
     assert len(lengths) > 10 and set(lengths[:-1]) == {64}

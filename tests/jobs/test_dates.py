@@ -75,6 +75,7 @@ def stopped(train: Train, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> Ru
     return paths
 
 
+@pytest.mark.slow
 def test_a_run_resumed_on_another_day_reads_the_same_tokens(
     recipe: Recipe, train: Train, trained_on: list[set[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

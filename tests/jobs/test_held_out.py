@@ -193,6 +193,7 @@ def test_a_run_without_held_out_rows_is_not_audited(recipe: Recipe, train: Train
     assert "held out no row: all 42 rows" in history_of(paths).failed.message  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_record_and_refuses_other_rows(recipe: Recipe, train: Train, data: Path) -> None:
     longer = recipe.with_("train.steps", 40).with_("train.checkpoint_every", 1)
     run = train(longer)

@@ -181,6 +181,7 @@ def test_resumed_equals_uninterrupted(learn: Train, recipe: Recipe, monkeypatch:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_a_trace_runs_the_objectives_own_step(recipe: Recipe, tiny: Path) -> None:
     """Fake and real tensors agree to the byte, and a pair takes more than a row does."""
     config, target = AutoConfig.from_pretrained(tiny), Target("cpu", "fp32")

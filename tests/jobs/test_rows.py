@@ -51,6 +51,7 @@ def test_the_embedded_model_learns_the_answer_and_its_stop_token(smollm: Any) ->
     assert example.input_ids.dtype == example.labels.dtype == np.int32
 
 
+@pytest.mark.slow
 def test_every_shipped_row_is_learnt_whole_and_asked_as_it_is_trained(smollm: Any) -> None:
     rows = read_data(Path("embedded")).rows
     examples, report, said = encode(list(rows), smollm, seq_len=256)

@@ -82,6 +82,7 @@ def test_a_run_that_fills_the_disk_says_so_in_its_last_line(tmp_path: Path) -> N
     assert status is Status.failed
 
 
+@pytest.mark.slow
 def test_a_patient_run_on_a_full_disk_waits_goes_on_and_can_be_stopped(tmp_path: Path) -> None:
     """Two processes: who looks at the run, and stops it, is not the one that waits."""
     with small_disk(tmp_path / "disk", "400k") as disk:

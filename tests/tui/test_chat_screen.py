@@ -58,6 +58,7 @@ async def until(pilot: Pilot[None], condition: Callable[[], object]) -> None:
         await pilot.pause()
 
 
+@pytest.mark.slow
 @BOTH
 def test_two_answers_side_by_side(run: RunPaths, tmp_path: Path, size: tuple[int, int]) -> None:
     processes = _Processes()

@@ -233,6 +233,7 @@ def test_no_key_is_a_prefix_of_a_multiplexer_or_holds_the_line() -> None:
     assert [pair for pair in sorted(seen) if pair[0] in taken] == [("ctrl+q", "quit")], "which is q's, where q is typed"
 
 
+@pytest.mark.slow
 def test_an_idle_screen_writes_nothing(with_a_run: Path) -> None:
     app = studio(with_a_run)
     drawn: list[object] = []

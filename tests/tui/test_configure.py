@@ -167,6 +167,7 @@ def test_what_pairs_of_answers_are_learnt_with_is_shown_for_them_alone(tmp_path:
     play(story, tmp_path)
 
 
+@pytest.mark.slow
 def test_texts_become_values(tmp_path: Path) -> None:
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         screen = screen_of(app)

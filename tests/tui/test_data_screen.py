@@ -94,6 +94,7 @@ async def until(pilot: Pilot[None], condition: Callable[[], object]) -> None:
         await pilot.pause()
 
 
+@pytest.mark.slow
 @BOTH
 def test_a_walk_through_the_rows(recipe: Recipe, tmp_path: Path, size: tuple[int, int]) -> None:
     processes = Processes()
@@ -219,6 +220,7 @@ def test_data_that_cannot_be_read_says_why(recipe: Recipe, tmp_path: Path) -> No
     play(story, tmp_path, size=NARROW, recipe=missing, services=Processes().services())
 
 
+@pytest.mark.slow
 def test_the_worst_of_the_data_stands_below_the_form(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

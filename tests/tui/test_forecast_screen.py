@@ -108,6 +108,7 @@ def test_one_row_is_always_in_sight_where_there_is_room_for_little(tmp_path: Pat
     play(story, tmp_path, size=NARROW)
 
 
+@pytest.mark.slow
 @BOTH
 def test_the_keyboard_reaches_the_end_of_the_forecast(tmp_path: Path, size: tuple[int, int]) -> None:
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
@@ -257,6 +258,7 @@ def test_a_cpu_is_asked_about_where_a_card_was_planned_for_or_memory_is_short(
     play(story, tmp_path, recipe=LARGE, services=services)
 
 
+@pytest.mark.slow
 def test_another_card_is_chosen_by_typing_and_kept(tmp_path: Path) -> None:
     asked = Asked()
 

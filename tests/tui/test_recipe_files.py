@@ -25,6 +25,7 @@ def recipe_of(app: StudioApp) -> Recipe:
     return app.screen.recipe
 
 
+@pytest.mark.slow
 def test_save_again_and_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 

@@ -81,6 +81,7 @@ def test_the_user_says_which_columns_ask_and_answer(tmp_path: Path, size: tuple[
     assert asked.started[0].data.columns == (("prompt", "Frage"), ("completion", "Antwort"))
 
 
+@pytest.mark.slow
 def test_a_file_may_be_plain_text_and_the_user_may_go_back(tmp_path: Path) -> None:
     path, told = lines(tmp_path / "rows.jsonl", ROW), Told()
 

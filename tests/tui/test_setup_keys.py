@@ -120,6 +120,7 @@ def test_enter_in_a_burst_opens_the_line_that_the_arrow_before_it_reached(tmp_pa
     play_setup(story, tmp_path, finding(Told()))
 
 
+@pytest.mark.slow
 def test_the_arrows_go_round_the_models_page_and_a_passed_line_types_nothing(tmp_path: Path) -> None:
     """They went into the line and not out of it, and there q, ? and all others were letters."""
 
@@ -150,6 +151,7 @@ def test_the_arrows_go_round_the_models_page_and_a_passed_line_types_nothing(tmp
     play_setup(story, tmp_path, finding(Told()), size=NARROW)
 
 
+@pytest.mark.slow
 def test_words_that_no_longer_fill_their_place_give_the_keys_back(tmp_path: Path) -> None:
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await through(pilot, app, "model")

@@ -181,6 +181,7 @@ def test_on_a_small_screen_the_reasons_use_its_width_and_can_be_scrolled_by_keys
     play_setup(story, tmp_path, finding(Told(), services, cards=[CARD]), size=NARROW)
 
 
+@pytest.mark.slow
 def test_every_step_goes_back_and_no_answer_is_lost(tmp_path: Path) -> None:
     data = tmp_path / "mine.jsonl"
     data.write_text('{"prompt": "a", "completion": "b"}\n' * 30)

@@ -138,6 +138,7 @@ def test_a_line_says_what_was_undone(tmp_path: Path, size: tuple[int, int]) -> N
     play(story, tmp_path, size=size)
 
 
+@pytest.mark.slow
 def test_steps_on_one_field_are_one_change_and_another_field_begins_a_new_one(tmp_path: Path) -> None:
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         screen = screen_of(app)
@@ -285,6 +286,7 @@ def test_no_key_is_named_while_it_would_be_typed(tmp_path: Path, size: tuple[int
     play(story, tmp_path, size=size, recipe=LARGE)
 
 
+@pytest.mark.slow
 @BOTH
 def test_undo_and_redo_work_wherever_the_focus_is(tmp_path: Path, size: tuple[int, int]) -> None:
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
