@@ -136,7 +136,7 @@ def test_f_makes_it_fit_and_u_takes_back_first_what_came_later(tmp_path: Path, s
         assert "f Fit" in shown(app)
         assert "u Undo" not in shown(app)
         if size == WIDE:
-            await until(pilot, lambda: "f makes it fit: micro-batch 12 ->" in shown(app))
+            await until(pilot, lambda: "f makes it fit: micro-batch 24 ->" in shown(app))
             first, others, table = (shown(app).index(part) for part in ("f makes it", "2 8-bit", "base held in"))
             assert first < others < table, "what else would help does not push the trade out of sight"
         await pilot.press("f")
