@@ -278,7 +278,7 @@ class StudioApp(App[None]):
             self._configure.action_save()
 
     def _found_live(self, runs: list[RunPaths]) -> None:
-        """Open the newest run that an earlier visit left alive, unless something else was asked for."""
+        """Open the newest run that an earlier visit left alive; begin the forecast where another screen is wanted."""
         self._seen.update({paths.root: paths for paths in runs})
         if not (runs and self._goes_to_live and self.screen is self._configure):
             self._configure.forecast.begin()

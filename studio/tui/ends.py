@@ -101,7 +101,7 @@ class EndNotices:
         self._looked_at: float | None = None
 
     def begin(self, found_live: Callable[[list[RunPaths]], None]) -> None:
-        """Hand on the runs that are alive, the newest first, if any; tell what went wrong since the last visit."""
+        """Hand on the runs that are alive, the newest first, or that there are none; tell what has failed meanwhile."""
 
         def begin() -> None:
             looked_at = time.time()

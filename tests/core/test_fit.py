@@ -63,7 +63,7 @@ def test_the_micro_batch_stays_as_large_as_the_other_changes_allow():
     gpu = find_gpu("4090")
     found = fit(recipe(), LLAMA, gpu, gpu.total_bytes)
     assert found.fix.recipe.train.micro_batch == 2
-    assert found.largest["train.micro_batch"] == 3, "a fix halves it, and 4 is too large"
+    assert found.largest["train.micro_batch"] == 3, "a fix keeps the rows of a step, which 3 does not divide"
 
 
 def test_the_largest_values_fit_and_one_more_does_not():

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from studio.core.base_form import four_bit_refusal
 from studio.core.gpu_catalogue import Gpu
+from studio.core.placement.streaming import HOST_SHARE
 from studio.core.recipe import Method, Optimizer, Recipe, Recompute, Stream
 from studio.core.shape import ModelShape
 from studio.core.step_work import step_work
@@ -30,8 +31,6 @@ _EIGHT_BIT = "8bit"
 _MOST_ROWS = 64
 """Rows at once beyond which no card is faster."""
 _RESIDENT: tuple[Stream, ...] = ("off",)
-_HOST_SHARE = 0.85
-"""Share of main memory that may wait for the card; the rest is the system's and the program's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +258,7 @@ class Planner:
         return self.estimate(setup).device.high <= budget_bytes
 
     def _host_fits(self, setup: Setup) -> bool:
-        return self.estimate(setup).host.total <= _HOST_SHARE * (self.ram_bytes or 0)
+        return self.estimate(setup).host.total <= HOST_SHARE * (self.ram_bytes or 0)
 
     def _score(self, setup: Setup) -> float:
         speed = careful_speed(self.shape, setup, self.gpu)

@@ -5,14 +5,13 @@ from typing import Any
 
 from studio.core.gpu_catalogue import GIB, Gpu
 from studio.core.placement.auto import settled, with_fewest
+from studio.core.placement.streaming import HOST_SHARE
 from studio.core.recipe import Recipe
 from studio.core.shape import ModelShape
 from studio.core.throughput import time_factor
 from studio.core.vram.estimate import estimate_vram
 from studio.core.vram.report import VramEstimate
 from studio.core.vram.setup import Setup, setup_of
-
-_MICRO_BATCHES = (16, 8, 4, 2, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +49,7 @@ def streamed_way(
         return estimate_vram(shape, setup, gpu)
 
     rows, plain = recipe.rows_per_step, recipe.with_("method", "lora").with_("train.recompute", "all")
-    for size in (size for size in _MICRO_BATCHES if rows % size == 0):
+    for size in (size for size in range(rows, 0, -1) if rows % size == 0):
         tried = plain.with_("train.micro_batch", size).with_("train.accumulation", rows // size)
         if needs(setup_of(tried.with_("model.stream", shape.layers), gpu)).device.high <= budget_bytes:
             break
@@ -61,7 +60,7 @@ def streamed_way(
     if setup.streamed == 0 or factor is None:
         return None
     where = f"{estimate.host.total / GIB:.1f} GiB of main memory"
-    if ram_bytes is not None and ram_bytes < estimate.host.total:
+    if ram_bytes is not None and estimate.host.total > HOST_SHARE * ram_bytes:
         where += f" (this computer has {ram_bytes / GIB:.1f})"
     words = (
         f"Or keep the base in 16 bit: {setup.streamed} of its {shape.layers} layers wait in {where}, and the card "

@@ -1,7 +1,10 @@
-"""Which decoder layers of a streamed base wait in main memory."""
+"""Which decoder layers of a streamed base wait in main memory, and how much of that may be used."""
 
 BUFFERS = 2
 """Buffers on the card, each as large as the largest streamed layer: one is computed with, the other one is filled."""
+
+HOST_SHARE = 0.85
+"""Share of main memory that may wait for the card; the rest is the system's and the program's. A choice."""
 
 
 def streamed_layers(wanted: int, layers: int) -> tuple[int, ...]:

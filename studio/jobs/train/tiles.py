@@ -68,14 +68,15 @@ def dense_mlp(layer: nn.Module) -> nn.Module | None:
 class _Tiles:
     """The forward of one MLP."""
 
-    def __init__(self, layer: nn.Module, mlp: nn.Module, whole: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, layer: nn.Module, mlp: nn.Module, whole: Callable[..., Tensor]) -> None:
         self._layer, self._mlp, self.whole = layer, mlp, whole
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return the MLP's output `[batch, seq, hidden]`."""
-        tile = tile_tokens(x.shape[:-1].numel())
-        if not tile or torch.compiler.is_compiling():
-            return self.whole(x)
+    def __call__(self, *given: Any, **named: Any) -> Tensor:
+        """Return the MLP's output `[batch, seq, hidden]`; a module that is given more than x is no plain MLP."""
+        x = given[0] if len(given) == 1 and not named else None
+        tile = 0 if x is None else tile_tokens(x.shape[:-1].numel())
+        if x is None or not tile or torch.compiler.is_compiling():
+            return self.whole(*given, **named)
         if not torch.is_grad_enabled():
             return _in_tiles(self.whole, x, tile)
         if not (self._layer.training and getattr(self._layer, "gradient_checkpointing", False)):
