@@ -4,8 +4,9 @@ import argparse
 from dataclasses import replace
 from typing import Any
 
+from studio.commands.card_flags import add_card, device_for, number_between
 from studio.commands.options import add_json, add_set
-from studio.commands.plan import add_card, device_for, number_between, pace_lines
+from studio.commands.pace_text import pace_lines
 from studio.commands.terminal import DONE, NO, say, size, table, write_json
 from studio.core.errors import BadInput
 from studio.core.fit import Fit, Priced, fit

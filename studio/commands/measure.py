@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from studio.commands.card_flags import add_card, device_for
 from studio.commands.follow import End, exit_code, follow, tell_failure
 from studio.commands.options import add_json, add_runs_dir, add_set, root_of
-from studio.commands.plan import add_card, device_for
 from studio.commands.recipe_flags import add_recipe_flags, settings_of
 from studio.commands.terminal import DONE, NO, duration, say, size, table, write_json
 from studio.core.errors import BadInput

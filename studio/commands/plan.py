@@ -2,17 +2,18 @@
 
 import argparse
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import get_args
 
+from studio.commands.card_flags import add_card, device_for, number_between
 from studio.commands.gpus import notes_on
 from studio.commands.options import add_json, add_set
+from studio.commands.pace_text import pace_lines
 from studio.commands.recipe_flags import add_recipe_flags, settings_of
 from studio.commands.terminal import DONE, NO, say, size, table, write_json
 from studio.core.errors import BadInput
-from studio.core.gpu_catalogue import Gpu, card_of_size, find_gpu
+from studio.core.gpu_catalogue import Gpu
 from studio.core.placement.auto import with_fewest
 from studio.core.preferences import rate_note
 from studio.core.recipe import Loss, Recipe, choices_of, number_of
@@ -22,18 +23,16 @@ from studio.core.stock.estimate import estimate_stock, refined
 from studio.core.stock.modules import FusedKernels
 from studio.core.stock.setup import StockSetup, as_it_lies_here, stock_setup
 from studio.core.text import plain
-from studio.core.throughput import Duration, Speed
 from studio.core.trainable import check_adapted
 from studio.core.vram.estimate import estimate_vram
 from studio.core.vram.report import VramEstimate, plan_to_dict
 from studio.core.vram.setup import Setup, as_it_lies, setup_of
 from studio.probe.data.places import find_files, hub_word
 from studio.probe.data.reading import Reading
-from studio.probe.device import look, place_of
 from studio.probe.known_models import known_names
 from studio.probe.model_folder import CONFIG
 from studio.probe.pace import Pace, calibrated, pace_of, pace_to_dict, process_of
-from studio.probe.plan import PlanDevice, device_from_catalogue, device_of
+from studio.probe.plan import PlanDevice
 from studio.probe.shape import find_shape
 from studio.runs.recipe_file import find_recipe, load_recipe, shipped_recipes
 
@@ -85,13 +84,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add_card(parser)
     parser.add_argument("--gpus", metavar="N", default="1", help="data-parallel replicas; the plan is for each")
     add_json(parser)
-
-
-def add_card(parser: argparse.ArgumentParser) -> None:
-    """Add `--gpu` and `--vram-gib`."""
-    card = parser.add_mutually_exclusive_group()
-    card.add_argument("--gpu", metavar="NAME", help="a card by name, such as 4090 or a100-80gb")
-    card.add_argument("--vram-gib", metavar="X", help="a card of this size in GiB")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -196,42 +188,9 @@ def _held_as(args: argparse.Namespace, setup: Setup) -> Setup:
     return replace(setup, quant_type=args.quant_type)
 
 
-def device_for(args: argparse.Namespace, recipe: Recipe) -> PlanDevice:
-    """Return the card that was named, else the one of this machine that the recipe would run on.
-
-    Raises:
-        BadInput: The catalogue has no such card, or the size is not a number of GiB from 0.1 to 4096.
-    """
-    if args.gpu or args.vram_gib:
-        gpu = (
-            find_gpu(args.gpu)
-            if args.gpu
-            else card_of_size(number_between(args.vram_gib, "--vram-gib", 0.1, _MOST_GIB))
-        )
-        return device_from_catalogue(gpu)
-    return device_of(place_of(recipe.device.device, look()))
-
-
 def _warn(device: PlanDevice) -> None:
     if device.refusal:
         say(f"note: a run would not start here: {device.refusal}", to=sys.stderr)
-
-
-def number_between(text: str, flag: str, low: float, high: float) -> float:
-    """Return the number that a flag was given; of GPUs a whole one.
-
-    Raises:
-        BadInput: It is no number, or one outside of these.
-    """
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not low <= value <= high or (flag == "--gpus" and value != int(value)):
-        raise BadInput(
-            f"{flag} is {text!r}; wanted {'a whole number, ' if flag == '--gpus' else ''}{low:g} to {high:g}"
-        )
-    return value
 
 
 def _print(estimate: VramEstimate, shape: ModelShape, setup: Setup, device: PlanDevice, budget: int | None) -> None:
@@ -273,33 +232,6 @@ def _print(estimate: VramEstimate, shape: ModelShape, setup: Setup, device: Plan
         say(f"the card: {line}")
 
 
-def pace_lines(pace: Pace, setup: Setup) -> list[str]:
-    """Return lines on a mixture's shares, on speed, on time and on how much 4 bits slow a step.
-
-    Where no speed is known, one line says why.
-    """
-    lines = [f"mixture: {'; '.join(_shares(pace))}, guessed from the beginnings of the files"] if pace.sources else []
-    run = ""
-    if pace.tokens is not None:
-        least, _, most = pace.tokens
-        run = (
-            f"{pace.steps} steps of {_count(least)} to {_count(most)} tokens in all, guessed from the text of the data"
-        )
-    if pace.speed is None:
-        return [*lines, *([f"data: {run}"] if run else []), f"speed: not known; {pace.why_not}"]
-    lines += [f"speed: about {_rates(pace.speed)} tokens/s, full rows; from {pace.speed.basis}"]
-    if pace.duration is not None:
-        lines.append(f"time: {_time_range(pace.duration)} for {run}; evaluations, samples and loading come on top")
-    if pace.slowdown is not None and setup.quantised:
-        low, usual, high = pace.slowdown
-        lines.append(f"4 bit: a step takes {usual:.2f} times as long as in 16 bit ({low:.2f} to {high:.2f})")
-    if pace.copying is not None:
-        low, usual, high = pace.copying
-        price = f"{usual:.2f} times as long as with the base on the card ({low:.2f} to {high:.2f})"
-        lines.append(f"streamed: a step takes {price}; more tokens a micro-batch hide more of the copies")
-    return lines
-
-
 def shorter_rows(pace: Pace, seq_len: int) -> str:
     """Return that a shorter length would cut no row that was looked at; empty where it would.
 
@@ -317,49 +249,3 @@ def shorter_rows(pace: Pace, seq_len: int) -> str:
         f"length: the longest row has about {usual:.0f} tokens ({most:.0f} at most): --seq {enough} takes less memory "
         "and cuts none"
     )
-
-
-def _shares(pace: Pace) -> Iterator[str]:
-    rows = max(1, sum(drawn for _, drawn, _ in pace.sources))
-    tokens = max(1.0, sum(of_them for *_, of_them in pace.sources))
-    for path, drawn, of_them in pace.sources:
-        name = plain(Path(path).name, one_line=True, limit=40)
-        yield f"{name} {drawn:,} rows ({drawn / rows:.0%}, about {of_them / tokens:.0%} of the tokens)"
-
-
-def _rates(speed: Speed) -> str:
-    """Return a speed as `1 270 (730 to 2 230)`."""
-    low, usual, high = (_rate(value) for value in (speed.low, speed.expected, speed.high))
-    return f"{usual} ({low} to {high})"
-
-
-def _hours(value: float) -> str:
-    """Return hours as a person says them: `4 min`, `2.5 h`, `40 h`."""
-    minutes = value * _HOUR_MINUTES
-    if minutes < 1:
-        return "under a minute"
-    if minutes < 2 * _HOUR_MINUTES:
-        return f"{minutes:.0f} min"
-    return f"{value:.1f} h" if value < 10 else f"{value:.0f} h"
-
-
-def _time_range(duration: Duration) -> str:
-    """Return a duration as `40 min to 2.5 h`."""
-    low, high = _hours(duration.low), _hours(duration.high)
-    return low if low == high else f"{low} to {high}"
-
-
-def _count(tokens: float) -> str:
-    """Return a number of tokens as `74 k`, `1.2 M`."""
-    for unit, many in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if tokens >= many:
-            return f"{tokens / many:.3g} {unit}"
-    return f"{tokens:.0f}"
-
-
-def _rate(value: float) -> str:
-    """Return a speed with three significant digits and a space between its thousands; below 10 with one decimal."""
-    if value < 10:
-        return f"{value:.1f}"
-    digits = 10 ** max(0, len(str(int(value))) - 3)
-    return f"{round(value / digits) * digits:,}".replace(",", " ")

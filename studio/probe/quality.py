@@ -7,10 +7,6 @@ from typing import Any
 
 from studio.core.errors import StudioError
 from studio.core.recipe import EMBEDDED, Recipe
-from studio.probe.data.mixture import words_of
-from studio.probe.data.places import find_files
-from studio.probe.fingerprint import fingerprint, known_fingerprint
-from studio.probe.models import find_base
 from studio.runs.quality import LaneResult, read_results
 
 
@@ -23,6 +19,9 @@ def audited(recipe: Recipe) -> dict[str, LaneResult]:
     known = read_results()
     if not known:
         return {}
+    from studio.probe.fingerprint import known_fingerprint  # noqa: PLC0415  40 ms that only a machine with races pays
+    from studio.probe.models import find_base  # noqa: PLC0415  as above
+
     try:
         base = find_base(recipe.model.base, recipe.model.revision)
         if base.path is None:
@@ -41,6 +40,8 @@ def model_fingerprint(folder: Path) -> str:
         BadInput: A file of it is damaged.
         OSError: A file cannot be read.
     """
+    from studio.probe.fingerprint import fingerprint  # noqa: PLC0415  as above
+
     return _short(fingerprint(folder))
 
 
@@ -51,6 +52,9 @@ def data_fingerprint(recipe: Recipe) -> str:
         BadInput: They are not here.
         OSError: A file cannot be read.
     """
+    from studio.probe.data.mixture import words_of  # noqa: PLC0415  as above
+    from studio.probe.data.places import find_files  # noqa: PLC0415  as above
+
     found = []
     for field, word, how in words_of(recipe):
         if field == "data.eval_path":

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from studio.commands import plan as plan_verb
+from studio.commands import card_flags
 from studio.probe.device import Sight
 from tests.cli.conftest import Cli
 from tests.core.published_rows import DATA
@@ -13,7 +13,7 @@ from tests.core.published_rows import DATA
 
 @pytest.fixture
 def heavy(home: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(plan_verb, "look", lambda: Sight(None))
+    monkeypatch.setattr(card_flags, "look", lambda: Sight(None))
     configs = json.loads((DATA / "model_configs.json").read_text(encoding="utf-8"))
     Path("config.json").write_text(json.dumps(configs["Llama-3.1-8B"]))
     path = Path("heavy.toml")

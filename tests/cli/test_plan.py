@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from studio.commands import plan as verb
+from studio.commands import card_flags as verb
 from studio.core.gpu_catalogue import GIB, MIB
 from studio.probe.cards import Card, CardProcess
 from studio.probe.device import Sight

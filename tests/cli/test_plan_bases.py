@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from studio.commands import plan as verb
+from studio.commands import card_flags as verb
 from studio.probe.device import Sight
 from studio.probe.embedded_model import find_embedded
 from tests.cli.conftest import Cli

@@ -23,7 +23,7 @@ PUSH = """
 import sys
 from pathlib import Path
 from studio.core.errors import JobFailed
-from studio.probe.hub import push_folder
+from studio.probe.hub_transfer import push_folder
 try:
     print(push_folder(Path(sys.argv[1]), sys.argv[2]))
 except JobFailed as failed:

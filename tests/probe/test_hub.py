@@ -16,7 +16,7 @@ from tests.fakes.model import CONFIG, model_folder
 ASK = """
 import json, sys
 from studio.core.errors import BadInput
-from studio.probe.hub import download
+from studio.probe.hub_transfer import download
 from studio.probe.models import find_base
 try:
     told = []

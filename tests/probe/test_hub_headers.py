@@ -59,6 +59,7 @@ def weights(path: Path, header: dict[str, Any] | bytes, buffer_bytes: int) -> No
 
 def talk_to(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the client of this process, which has read its settings already, ask an endpoint."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
     template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)

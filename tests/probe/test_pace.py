@@ -11,7 +11,7 @@ import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 
-from studio.commands.plan import pace_lines
+from studio.commands.pace_text import pace_lines
 from studio.core.calibration import Observation
 from studio.core.gpu_catalogue import GIB, MIB, card_of_size, find_gpu
 from studio.core.recipe import Recipe

@@ -8,6 +8,7 @@ it. What is chosen fits at the high end of its estimate. No clock, no card, and 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal
 
 from studio.core.base_form import four_bit_refusal
@@ -124,6 +125,10 @@ class Planner:
         Raises:
             BadInput: The model cannot be estimated with this recipe.
         """
+        # The same settings are asked for again and again.
+        return replace(self, estimate=cache(self.estimate))._plan(aim)
+
+    def _plan(self, aim: Aim) -> Plan | None:
         methods, streams = self._methods, _RESIDENT
         least = self._least(methods, streams)
         if least > self.budget_bytes:

@@ -10,7 +10,7 @@ from studio.core.vram.attention import attention
 from studio.core.vram.experts import feed_forward, routed
 from studio.core.vram.mixers import mixed
 from studio.core.vram.modules import LayerTraits, Modules
-from studio.core.vram.polynomial import Polynomial
+from studio.core.vram.polynomial import Polynomial, uncovered
 from studio.core.vram.tape import Events, Tape, Tensor, marks, recomputed, run_backward
 from studio.core.vram.tiles import dense
 
@@ -41,17 +41,19 @@ class LayerPass:
     lasting: tuple[int, ...]
     kept: Polynomial
 
-    def forward_marks(self) -> list[Polynomial]:
-        """Return the marks of the forward, input included."""
-        return marks(self.forward, self.sizes, self.sizes[self.source])
+    @lru_cache(maxsize=64)  # noqa: B019  passes are cached too
+    def forward_marks(self) -> tuple[Polynomial, ...]:
+        """Return the marks of the forward, input included; of them those that can be the largest."""
+        return uncovered(marks(self.forward, self.sizes, self.sizes[self.source]))
 
-    def backward_marks(self) -> list[Polynomial]:
+    @lru_cache(maxsize=64)  # noqa: B019  as above
+    def backward_marks(self) -> tuple[Polynomial, ...]:
         """Return the marks of the backward, with what was kept and the output's gradient."""
         alive = self.kept.plus(self.sizes[self.incoming])
         # `kept` leaves the output out. Where it dies in this backward, it must be alive before.
         if ~self.result in self.backward:
             alive = alive.plus(self.sizes[self.result])
-        return marks(self.backward, self.sizes, alive)
+        return uncovered(marks(self.backward, self.sizes, alive))
 
 
 @lru_cache(maxsize=64)
@@ -93,6 +95,7 @@ def layer_pass(shape: ModelShape, traits: LayerTraits, index: int, again: bool, 
     )
 
 
+@lru_cache(maxsize=64)
 def first_adapted(shape: ModelShape, traits: LayerTraits) -> int:
     """Return the number of the first layer that has something to train; 0 where layers are alike, or none has."""
     trained = {}
@@ -108,14 +111,15 @@ def first_adapted(shape: ModelShape, traits: LayerTraits) -> int:
     return 0
 
 
-def recomputed_marks(shape: ModelShape, traits: LayerTraits, index: int) -> list[Polynomial]:
+@lru_cache(maxsize=64)
+def recomputed_marks(shape: ModelShape, traits: LayerTraits, index: int) -> tuple[Polynomial, ...]:
     """Return the marks of a checkpointed layer's backward where its input wants no gradient."""
     tape = Tape()
     x = tape.given(Polynomial(per_token=shape.stream), traits.arithmetic.residual)
     tape.hold(x)
     gradient = tape.given(x.elements, x.itemsize)
     events = _computed_again(traits.modules(tape, shape, checkpointed=True), shape.groups[index].layer, x, gradient)
-    return marks(events, tape.sizes, x.bytes.plus(gradient.bytes))
+    return uncovered(marks(events, tape.sizes, x.bytes.plus(gradient.bytes)))
 
 
 def _computed_again(run: Modules, layer: Layer, x: Tensor, gradient: Tensor) -> Events:

@@ -65,8 +65,7 @@ def layer_marks(shape: ModelShape, traits: LayerTraits, recomputed: int, input_w
     kept = [one.kept for one in passes]
     # While a layer works, those after the last of its kind keep nothing yet, or nothing any more.
     free = [own.plus(later) for own, later in zip(kept, _kept_later(row, kept), strict=True)]
-    ahead = [uncovered(one.forward_marks()) for one in passes]
-    back = [uncovered(one.backward_marks()) for one in passes]
+    ahead, back = [one.forward_marks() for one in passes], [one.backward_marks() for one in passes]
     formats, targets = traits.arithmetic, traits.adapter.targets
     left = left_behind_keys(shape, targets, (formats.compute, formats.residual), row, [again for _, again in ways])
     forward = uncovered(mark.minus(own) for marks_, own in zip(ahead, free, strict=True) for mark in marks_)
@@ -74,11 +73,11 @@ def layer_marks(shape: ModelShape, traits: LayerTraits, recomputed: int, input_w
     number = order[lead]
     spared, first = total(kept[way] for way in order[:lead]), back[number]
     if not input_wants_gradient and recomputed:
-        first = uncovered(recomputed_marks(shape, traits, shape.kinds[lead]))
+        first = recomputed_marks(shape, traits, shape.kinds[lead])
     elif not input_wants_gradient:
         # Embeddings want no gradient, so that the first layer saves nothing before its first adapter.
         lone = layer_pass(shape, traits, number, False, input_wants_gradient)
-        spared, first = spared.plus(kept[number].minus(lone.kept)), uncovered(lone.backward_marks())
+        spared, first = spared.plus(kept[number].minus(lone.kept)), lone.backward_marks()
     # Where only inputs are kept and nothing is dropped, an evaluation's forward is the training's.
     as_trained = (
         all(again for _, again in ways) and not traits.adapter.dropout and kept[0] == passes[0].sizes[passes[0].source]
@@ -136,6 +135,7 @@ def _untouched(shape: ModelShape, traits: LayerTraits) -> LayerMarks:
     return LayerMarks(source, NOTHING, source, forward, blocks, (), (), evaluation)
 
 
+@lru_cache(maxsize=64)
 def _evaluated(shape: ModelShape, traits: LayerTraits) -> tuple[Polynomial, ...]:
     """Return the marks of any layer's forward in an evaluation."""
     return uncovered(_evaluation_marks(shape, replace(traits, adapter=replace(traits.adapter, dropout=False))))

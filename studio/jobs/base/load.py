@@ -26,7 +26,7 @@ from studio.jobs.base.attention import attention_for, only_for_text
 from studio.jobs.base.embedded import ensure_embedded
 from studio.jobs.base.model_class import class_in, class_of, empty_model, odd_linears
 from studio.jobs.base.tokenizer import why_unloadable
-from studio.probe.hub import download
+from studio.probe.hub_transfer import download
 from studio.probe.models import BaseFound, refuse_untrainable
 from studio.runs.failure import of_the_machine
 

@@ -26,7 +26,7 @@ from studio.jobs.export.quantised import write_quantised
 from studio.jobs.export.work import GGUF, Work
 from studio.probe.adapter_folder import find_adapter
 from studio.probe.export import check_export
-from studio.probe.hub import push_folder
+from studio.probe.hub_transfer import push_folder
 from studio.runs.atomic import write_whole
 from studio.runs.disk import RESUME, disk_failure
 from studio.runs.layout import ADAPTER_CONFIG

@@ -28,7 +28,7 @@ from studio.probe.data import DataSet, PlainText, Preference, Row, inspect_data
 from studio.probe.data.mixture import data_of, eval_data_of, fetch_data
 from studio.probe.embedded_model import unpack_embedded
 from studio.probe.held_out import hold_out
-from studio.probe.hub import download_tokenizer
+from studio.probe.hub_transfer import download_tokenizer
 from studio.probe.models import find_base
 from studio.probe.named_template import template_of
 from studio.probe.reasoning_advice import advice_of

@@ -29,7 +29,7 @@ from studio.probe.data.chosen_files import (
 )
 from studio.probe.data.meant import DataFiles, HubWord
 from studio.probe.data.opened import Progress
-from studio.probe.hub import byte_counter, download_on
+from studio.probe.hub_transfer import byte_counter, download_on
 from studio.runs.atomic import write_whole
 from studio.runs.home import cache_root
 
