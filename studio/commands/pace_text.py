@@ -26,6 +26,8 @@ def pace_lines(pace: Pace, setup: Setup) -> list[str]:
     if pace.speed is None:
         return [*lines, *([f"data: {run}"] if run else []), f"speed: not known; {pace.why_not}"]
     lines += [f"speed: about {_rates(pace.speed)} tokens/s, full rows; from {pace.speed.basis}"]
+    if pace.speed.launch_bound:
+        lines.append("launch-bound: the card waits for the host to launch kernels; more rows at once cost little time")
     if pace.duration is not None:
         lines.append(f"time: {_time_range(pace.duration)} for {run}; evaluations, samples and loading come on top")
     if pace.slowdown is not None and setup.quantised:

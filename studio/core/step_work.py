@@ -7,20 +7,13 @@ the layer is computed again. Adapter weights are trained, so they take a third p
 
 from dataclasses import dataclass
 
+from studio.core.kernels import launches_of, moved_of
 from studio.core.placement.streaming import BUFFERS
 from studio.core.shape import EXPERTS_DOWN, EXPERTS_UP, Experts, LayerGroup, ModelShape
 from studio.core.trainable import adapted, target_names, trainable_parameters, trained_tensors
 from studio.core.vram.loop import runs_eager
 from studio.core.vram.setup import Setup
 from studio.core.vram.static import frozen_form, streamed_bytes
-
-_NORM, _RESIDUAL, _ACTIVATION, _ROTARY = 14, 3, 5, 10
-"""How often transformers' unfused layers read or write each 16-bit element: in a norm, two of whose steps run in fp32;
-in a sum, which reads two and writes one; in an activation with its gate; for rotary positions
-(models/llama/modeling_llama.py)."""
-
-_ADAPTER_IN, _ADAPTER_OUT = 5, 7
-"""The same for peft's linear layer: for its own copy of the input, and for scaling and adding its output."""
 
 _LOGIT_BYTES = {"full": 36, "chunked": 16, "liger": 8}
 """Bytes moved per logit: fp32 copy, softmax, its gradient and the copy back; a chunk stays in the cache in between."""
@@ -58,7 +51,7 @@ class StepWork:
         host_bytes: Bytes of checkpoints that go to main memory and back.
         copied_bytes: Bytes of streamed weights that come to the card in the forward pass, and again in the backward.
         forward_share: Share of the computation that is the forward pass.
-        layer_passes: Layers times passes through them, each of which the host must launch, however few the tokens.
+        launches: Kernels of all layers, each of which the host must launch, however few the tokens.
     """
 
     tokens: int
@@ -72,7 +65,7 @@ class StepWork:
     host_bytes: float
     copied_bytes: float
     forward_share: float
-    layer_passes: int
+    launches: float
 
     @property
     def operations_per_token(self) -> float:
@@ -133,7 +126,7 @@ def step_work(shape: ModelShape, setup: Setup) -> StepWork:
         host_bytes=2.0 * offloaded * tokens * shape.hidden * setup.residual_itemsize,
         copied_bytes=_copied(shape, setup),
         forward_share=1 / passes,
-        layer_passes=round(shape.layers * passes),
+        launches=launches_of(shape, setup, names),
     )
 
 
@@ -194,15 +187,15 @@ def _attention(shape: ModelShape, setup: Setup, again: float) -> float:
 
 def _moved_per_token(shape: ModelShape, setup: Setup, names: frozenset[str]) -> float:
     """Return the bytes that one pass through all layers moves per token between matrix products."""
-    heads = (shape.heads + shape.kv_heads) * shape.head_dim
+    heads, moved = (shape.heads + shape.kv_heads) * shape.head_dim, moved_of(shape, setup)
     inner = sum(group.count * _inner(group, setup) for group in shape.groups)
-    elements = shape.layers * ((2 * _NORM + 2 * _RESIDUAL) * shape.hidden + _ROTARY * heads) + _ACTIVATION * inner
+    elements = shape.layers * (2 * (moved.norm + moved.residual) * shape.hidden + moved.rotary * heads)
     adapters = sum(
-        count * linear.copies * (_ADAPTER_IN * linear.inputs + _ADAPTER_OUT * linear.outputs)
+        count * linear.copies * (moved.adapter_in * linear.inputs + moved.adapter_out * linear.outputs)
         for count, linear in adapted(shape, names)
         if linear.copies == 1
     )
-    return setup.residual_itemsize * elements + setup.compute_itemsize * adapters
+    return setup.residual_itemsize * (elements + moved.activation * inner) + setup.compute_itemsize * adapters
 
 
 def _inner(group: LayerGroup, setup: Setup) -> float:

@@ -1,8 +1,8 @@
 """Tokens a second and hours from a roofline: the work of a micro-batch over what a card sustains.
 
-Of 112 published speeds of a T4, an A100 and two of an L40S, 111 lie in the range, and the median error is 8 %
-(`python -m tests.core.published_speed` prints all). The constants were chosen on these speeds. Constants fitted on one
-source and tried on another, on other models or another card, are 6 to 9 % off in the median and 28 % at worst
+All of 132 published speeds lie in the range, of a T4, an A100, an L40S and three GeForce cards, and the median error is
+7 % (`python -m tests.core.published_speed` prints all). The constants were chosen on these speeds. Constants fitted on
+one source and tried on another, on other models or another card, are 6 to 10 % off in the median and 31 % at worst
 (`python -m tests.bench.bench_speed`). A kind of card without published rows gets a wide range.
 """
 
@@ -44,6 +44,16 @@ _OTHER = Sustained(
     0.70, 0.30, 0.55, 0.30, 1.8, "a roofline between what a T4 and an A100 sustain; not compared with such a card"
 )
 
+_AMPERE = Sustained(0.90, 0.50, 0.60, 0.60, 1.5, "a roofline fitted to 4 published speeds of an RTX 3090")
+_LARGE_CACHE = Sustained(
+    0.90, 0.50, 1.20, 0.60, 1.5, "a roofline fitted to 16 published speeds of an RTX 4090 and an RTX 5090"
+)
+"""GeForce cards from the RTX 40 on: a second-level cache of 24 to 96 MB, where an RTX 3090 has 6, holds what one kernel
+leaves for the next, so that more moves than the memory's bandwidth."""
+
+_GEFORCES = {(8, 6): _AMPERE, (8, 9): _LARGE_CACHE, (12, 0): _LARGE_CACHE}
+"""By compute capability. Laptops and workstation cards share chips with them, but not their power: no row tells."""
+
 _LOW_POWER_BANDWIDTH, _SERVER_BANDWIDTH = 320.0, 800.0
 """Memory bandwidths, GB/s, that divide data-centre cards. Those up to the first have 60 to 75 W (T4, L4, A2) and cannot
 hold their peak; those from the second on are built and cooled like the A100 and the L40S. The rest (A10, A40 ...) lies
@@ -52,16 +62,19 @@ between."""
 _SINGLE, _SINGLE_ATTENTION = 0.7, 0.5
 """Share of the fp32 peak that products and attention reach (from the T4 rows without autocast)."""
 
-_LAUNCH_SECONDS = 0.002
-"""Host seconds to launch one pass through one layer of transformers with peft: 1.2 to 3 ms in the rows of small steps
-(Qwen's README at 256 tokens, T4 rows of SmolLM2-135M). A step cannot be faster than that, on any card."""
+_LAUNCH_SECONDS = (16e-6, 22e-6, 42e-6)
+"""Host seconds to launch one kernel from transformers with peft, best, usual, worst: 17 to 21 us in the rows of small
+steps on an A100 (Qwen's README at 256 and 512 tokens), 34 on an L40S, 41 on the host of a T4 (SmolLM2-135M). A step
+cannot be faster than its launches, on any card."""
 
-_DEQUANTISING = (0.60, 0.30, 0.15)
-"""Share of the bandwidth while dequantising, best, usual, worst: the spread of single fits to the published rows."""
+_DEQUANTISING = (2.0, 1.0, 0.5)
+"""How many times as fast as usual a card dequantises, best, usual, worst: the spread of single fits to the published
+rows."""
 
-_LAUNCH_4BIT = (1.1, 1.3, 1.5)
-"""How many times as long it takes to launch a layer that is dequantised first, best, usual, worst: 1.33 and 1.49 in the
-T4 rows of SmolLM2-135M at 2 x 512, 1.4 in Qwen's README (1.8 B at 256 tokens, GPTQ kernels)."""
+_LAUNCH_4BIT = (1.0, 1.1, 1.25)
+"""How many times as long it takes to launch a kernel where weights are dequantised first, best, usual, worst: a layer
+took 1.33 and 1.49 times as long in the T4 rows of SmolLM2-135M at 2 x 512, 1.4 in Qwen's README (1.8 B at 256 tokens,
+GPTQ kernels), for 1.2 times as many kernels."""
 
 
 _HOST_BYTES_PER_SECOND = 12e9
@@ -76,12 +89,14 @@ their protocol. Half of it in a slot with 8 lanes, or in a board of the generati
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Tokens a second, as lowest, expected and highest, and where the numbers come from."""
+    """Tokens a second, as lowest, expected and highest, where the numbers come from, and what limits them."""
 
     low: float
     expected: float
     high: float
     basis: str
+    launch_bound: bool = False
+    """Whether a micro-batch lasts as long as the host needs to launch its kernels."""
 
     def times(self, factor: float) -> "Speed":
         """Return a speed that is so many times as high."""
@@ -107,12 +122,18 @@ def speed_of(shape: ModelShape, setup: Setup, gpu: Gpu | None) -> Speed | None:
         return None
     sustained = _sustained(gpu)
     work = step_work(shape, setup)
-    seconds, link = _seconds(work, gpu, sustained), _link(gpu)
+    computing, link = _computing(work, gpu, sustained), _link(gpu)
+    least, launching, most = (_launching(work, a_kernel) for a_kernel in _LAUNCH_SECONDS)
     slow, usual, fast = (
-        _with_copies(work, seconds * factor, rate)
-        for factor, rate in ((sustained.spread, link / 2), (1.0, link), (1 / sustained.spread, link))
+        _with_copies(work, max(computing * factor, launches), rate)
+        for factor, launches, rate in (
+            (sustained.spread, most, link / 2),
+            (1.0, launching, link),
+            (1 / sustained.spread, least, link),
+        )
     )
-    return Speed(work.tokens / slow, work.tokens / usual, work.tokens / fast, sustained.basis)
+    bound = computing < launching == usual
+    return Speed(work.tokens / slow, work.tokens / usual, work.tokens / fast, sustained.basis, bound)
 
 
 def careful_speed(shape: ModelShape, setup: Setup, gpu: Gpu) -> float | None:
@@ -149,8 +170,8 @@ def qlora_slowdown(shape: ModelShape, setup: Setup, gpu: Gpu | None) -> tuple[fl
     plain, quantised = (step_work(shape, replace(setup, method=method)) for method in ("lora", "qlora"))
     before = _seconds(plain, gpu, sustained)
     low, usual, high = (
-        _seconds(quantised, gpu, replace(sustained, dequantising=share), launch_4bit=launch) / before
-        for share, launch in zip(_DEQUANTISING, _LAUNCH_4BIT, strict=True)
+        _seconds(quantised, gpu, _dequantising(sustained, times), launch_4bit=launch) / before
+        for times, launch in zip(_DEQUANTISING, _LAUNCH_4BIT, strict=True)
     )
     return low, usual, high
 
@@ -178,7 +199,7 @@ def time_factor(shape: ModelShape, before: Setup, after: Setup, gpu: Gpu | None)
     """Return how many times as long an optimizer step takes after a change: least and most.
 
     A data sheet does not say whether a card is limited by its products, its bandwidth or its launches first: the range
-    is that over the three kinds of `Sustained`. None as for `speed_of`.
+    is that over the kinds of `Sustained`. None as for `speed_of`.
 
     Raises:
         BadInput: A target does not exist in this model.
@@ -188,17 +209,23 @@ def time_factor(shape: ModelShape, before: Setup, after: Setup, gpu: Gpu | None)
     old, new = step_work(shape, before), step_work(shape, after)
     ends = (0, 1, 2) if before.quantised != after.quantised else (1,)
     factors = []
-    for kind in (_SERVER, _LOW_POWER, _OTHER):
+    for kind in (_SERVER, _LOW_POWER, _AMPERE, _LARGE_CACHE, _OTHER):
         unchanged = before.accumulation * _with_copies(old, _seconds(old, gpu, kind), _link(gpu))
         for end in ends:
-            ended = replace(kind, dequantising=_DEQUANTISING[end])
+            ended = _dequantising(kind, _DEQUANTISING[end])
             changed = _with_copies(new, _seconds(new, gpu, ended, launch_4bit=_LAUNCH_4BIT[end]), _link(gpu))
             copies = max(0.0, new.host_bytes - old.host_bytes) / _HOST_BYTES_PER_SECOND
             factors += [after.accumulation * seconds / unchanged for seconds in (changed, changed + copies)]
     return min(factors), max(factors)
 
 
+def _dequantising(sustained: Sustained, times: float) -> Sustained:
+    return replace(sustained, dequantising=times * sustained.dequantising)
+
+
 def _sustained(gpu: Gpu) -> Sustained:
+    if gpu.kind == "consumer" and gpu.compute_capability in _GEFORCES:
+        return _GEFORCES[gpu.compute_capability]
     if gpu.kind == "data-centre" and gpu.compute_capability >= (7, 5):
         if gpu.bandwidth_gb_per_second <= _LOW_POWER_BANDWIDTH:
             return _LOW_POWER
@@ -225,19 +252,28 @@ def _with_copies(work: StepWork, seconds: float, rate: float) -> float:
 
 
 def _seconds(work: StepWork, gpu: Gpu, sustained: Sustained, *, launch_4bit: float = _LAUNCH_4BIT[1]) -> float:
-    """Return the seconds of a micro-batch: those of products, attention and traffic added, or those of all launches.
+    """Return the seconds of a micro-batch: those of its computation, or those of all launches.
 
     The larger of the two: the host launches kernels ahead while the card computes, and the slower sets the pace.
     """
+    return max(_computing(work, gpu, sustained), _launching(work, _LAUNCH_SECONDS[1], launch_4bit))
+
+
+def _computing(work: StepWork, gpu: Gpu, sustained: Sustained) -> float:
+    """Return the seconds of a micro-batch's products, attention and traffic, which add up."""
     half, single = gpu.half_tflops * _TERA * gpu.share, gpu.single_tflops * _TERA * gpu.share
     bandwidth = gpu.bandwidth_gb_per_second * _GIGA * gpu.share
     products = work.half / (half * sustained.products) + work.single / (single * _SINGLE)
     # With few tokens the products wait for the weights to be read.
-    products = max(products, work.weight_bytes / (bandwidth * sustained.bandwidth))
+    products = max(products, work.weight_bytes / (bandwidth * min(1.0, sustained.bandwidth)))
     attention = work.half_attention / (half * sustained.attention) + work.single_attention / (
         single * _SINGLE_ATTENTION
     )
     moved = work.moved_bytes / (bandwidth * sustained.bandwidth)
     dequantised = work.dequantised_bytes / (bandwidth * sustained.dequantising)
-    launch = _LAUNCH_SECONDS * work.layer_passes * (launch_4bit if work.dequantised_bytes else 1.0)
-    return max(products + attention + moved + dequantised, launch)
+    return products + attention + moved + dequantised
+
+
+def _launching(work: StepWork, a_kernel: float, launch_4bit: float = _LAUNCH_4BIT[1]) -> float:
+    """Return the host's seconds to launch the kernels of a micro-batch."""
+    return a_kernel * work.launches * (launch_4bit if work.dequantised_bytes else 1.0)

@@ -19,7 +19,12 @@ from tests.core.published_speed import compared_speeds, model, setup
 Row = tuple[dict[str, Any], StepWork, Gpu, float]
 Chosen = Callable[[dict[str, Any]], bool]
 
-_SHARES = ((0.4, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9), (0.15, 0.25, 0.35, 0.5), (0.4, 0.5, 0.65, 0.8, 0.9), (0.15, 0.3, 0.6))
+_SHARES = (
+    (0.4, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9),
+    (0.15, 0.25, 0.35, 0.5),
+    (0.4, 0.5, 0.65, 0.8, 0.9, 1.2),
+    (0.15, 0.3, 0.6),
+)
 
 
 def rows() -> list[Row]:
@@ -54,12 +59,15 @@ def crossed(found: list[Row]) -> Iterator[tuple[str, int, list[float]]]:
     a100_qwen: Chosen = lambda row: "Qwen" in row["source"]  # noqa: E731
     a100: Chosen = lambda row: row["gpu"] == "A100 80GB"  # noqa: E731
     l40s: Chosen = lambda row: row["gpu"] == "L40S"  # noqa: E731
+    rtx4090: Chosen = lambda row: row["gpu"] == "RTX 4090"  # noqa: E731
+    rtx5090: Chosen = lambda row: row["gpu"] == "RTX 5090"  # noqa: E731
     t4_new: Chosen = lambda row: "final-t4" in row["source"]  # noqa: E731
     t4_old: Chosen = lambda row: row["gpu"] == "Tesla T4" and not t4_new(row)  # noqa: E731
     for name, learnt, asked in (
         ("A100: fms-acceleration -> Qwen's README", a100_fms, a100_qwen),
         ("A100: Qwen's README -> fms-acceleration", a100_qwen, a100_fms),
         ("A100 -> L40S", a100, l40s),
+        ("RTX 4090 -> RTX 5090, other models", rtx4090, rtx5090),
         ("T4: sweep of four models -> six other models", t4_old, t4_new),
     ):
         sustained = fitted([row for row in found if learnt(row[0])])

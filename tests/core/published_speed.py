@@ -1,10 +1,13 @@
 """Published training speeds beside ours. All rows, printed: `python -m tests.core.published_speed`.
 
 The rows (tests/data/published_speed.jsonl) come from public benchmark archives; `source` names each. Repeats of one
-configuration are averaged. The constants of `studio.core.throughput` were chosen on them.
+configuration are averaged. The constants of `studio.core.throughput` were chosen on them. Rows of loops that compute as
+ours does, in few kernels (torchtune, Unsloth), are compared with our own loop. `--page` prints the table of GeForce
+cards that docs/speed.md holds.
 """
 
 import json
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +18,8 @@ from studio.core.shape import ModelShape
 from studio.core.shape_from_config import shape_from_config
 from studio.core.stock.setup import StockSetup
 from studio.core.throughput import Speed, speed_of
+from studio.core.vram.setup import Setup
+from studio.probe.known_models import known_names
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -40,15 +45,18 @@ class ComparedSpeed:
 @lru_cache
 def model(name: str) -> ModelShape:
     """Return a model of the rows."""
-    return shape_from_config(json.loads((DATA / "model_configs.json").read_text(encoding="utf-8"))[name])
+    configs = json.loads((DATA / "model_configs.json").read_text(encoding="utf-8"))
+    return shape_from_config(configs[name] if name in configs else known_names()[f"qwen/{name}".lower()].config)
 
 
-def setup(row: dict[str, Any]) -> StockSetup:
+def setup(row: dict[str, Any]) -> Setup:
     """Return how a row was trained."""
     same = ("method", "rank", "micro_batch", "seq_len", "dtype", "attention", "loss")
-    targets = row["targets"]
+    targets = row["targets"] if isinstance(row["targets"], str) else tuple(row["targets"])
+    if row.get("engine") == "studio":
+        return Setup(targets=targets, compile=row.get("compile", False), **{name: row[name] for name in same})
     return StockSetup(
-        targets=targets if isinstance(targets, str) else tuple(targets),
+        targets=targets,
         kbit_prepare=row["kbit_prepare"],
         autocast=row["autocast"],
         transformers=row.get("transformers", ""),
@@ -66,7 +74,21 @@ def compared_speeds() -> tuple[ComparedSpeed, ...]:
     return tuple(ComparedSpeed(row, speed) for row, speed in found if speed is not None)
 
 
-if __name__ == "__main__":
+def consumer_table() -> str:
+    """Return the rows of GeForce cards as a table in Markdown."""
+    lines = ["| card | model | method | micro-batch | loop | published | estimated | range | ratio |", "|" + "---|" * 9]
+    for item in compared_speeds():
+        row, speed = item.row, item.speed
+        if row["gpu"].startswith("RTX"):
+            size, ends = f"{row['micro_batch']} x {row['seq_len']}", f"{speed.low:.0f} to {speed.high:.0f}"
+            words = [row["gpu"], row["model"], row["method"], size, row["loop"], str(row["tokens_per_second"])]
+            lines.append(f"| {' | '.join([*words, f'{speed.expected:.0f}', ends, f'{item.ratio:.2f}'])} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__" and "--page" in sys.argv:
+    print(consumer_table(), end="")
+elif __name__ == "__main__":
     for item in compared_speeds():
         row = item.row
         print(

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -15,7 +16,7 @@ from studio.core.step_work import StepWork, step_work
 from studio.core.throughput import Speed, duration_of, qlora_slowdown, speed_of, streaming_slowdown, time_factor
 from studio.core.vram.setup import Setup
 from tests.bench.bench_speed import crossed, rows
-from tests.core.published_speed import compared_speeds, model
+from tests.core.published_speed import compared_speeds, consumer_table, model
 
 LLAMA = model("Llama-3.1-8B")
 SETUP = Setup(method="lora", micro_batch=1, seq_len=2048)
@@ -29,15 +30,30 @@ def expected(setup: Setup, card: str = "A100 80GB") -> float:
 
 def test_published_speeds_lie_in_the_range():
     items = compared_speeds()
-    assert len(items) == 112
+    assert len(items) == 132
     outside = [item for item in items if not item.inside]
-    assert len(outside) <= 1, [(item.row["model"], item.row["gpu"], round(item.ratio, 2)) for item in outside]
+    assert not outside, [(item.row["model"], item.row["gpu"], round(item.ratio, 2)) for item in outside]
     by_card = defaultdict(list)
     for item in items:
         by_card[item.row["gpu"]].append(item.ratio)
     for card, ratios in by_card.items():
         assert 0.88 < median(ratios) < 1.12, card
-        assert median(abs(ratio - 1) for ratio in ratios) < 0.11, card
+        assert median(abs(ratio - 1) for ratio in ratios) < 0.12, card
+
+
+def test_the_guide_shows_what_was_compared_of_consumer_cards():
+    assert consumer_table() in Path("docs/estimate.md").read_text(encoding="utf-8")
+    found = [item for item in compared_speeds() if item.row["gpu"].startswith("RTX")]
+    assert len(found) == 20
+    assert round(median(item.ratio for item in found), 2) == 0.97
+    assert round(median(abs(item.ratio - 1) for item in found), 2) == 0.06
+
+
+def test_compiled_layers_are_faster_by_what_was_published():
+    """On an RTX 3090 14 to 22 % off an eager step of transformers, 19 % on an RTX 5090; ours is partly fused before."""
+    for card in ("RTX 3090", "RTX 5090"):
+        gain = expected(replace(SETUP, compile=True), card) / expected(SETUP, card)
+        assert 1.0 < gain < 1 / (1 - 0.22)
 
 
 def test_constants_of_one_source_hold_for_another():
@@ -87,7 +103,7 @@ def test_time_falls_evenly_with_the_layers_that_are_not_computed_again():
     again = [work_of(count) for count in ("none", *range(1, LLAMA.layers), "all")]
     steps = [more.half - less.half for less, more in pairwise(again)]
     assert steps == pytest.approx([steps[0]] * LLAMA.layers)
-    assert again[-1].layer_passes - again[0].layer_passes == LLAMA.layers
+    assert again[-1].launches - again[0].launches == LLAMA.layers * 41
     offloaded = [work_of(count, offload_checkpoints=True).host_bytes for count in (1, 8, "all")]
     assert offloaded == pytest.approx([offloaded[0], 8 * offloaded[0], LLAMA.layers * offloaded[0]])
 
@@ -116,6 +132,16 @@ def test_a_small_step_is_launch_bound():
     tiny = replace(SETUP, seq_len=64)
     assert expected(tiny) == pytest.approx(expected(tiny, "H200"))
     assert expected(replace(tiny, seq_len=128)) == pytest.approx(2 * expected(tiny))
+    small = model("Qwen3-0.6B")
+    for shape, setup, card, bound in (
+        (LLAMA, tiny, "A100 80GB", True),
+        (LLAMA, SETUP, "A100 80GB", False),
+        (small, SETUP, "RTX 5090", True),
+        (small, replace(SETUP, micro_batch=2), "RTX 5090", False),
+    ):
+        speed = speed_of(shape, setup, find_gpu(card))
+        assert speed is not None
+        assert speed.launch_bound == bound
 
 
 def test_nobody_knows_the_speed_of_a_size():
@@ -192,7 +218,7 @@ def test_copies_of_streamed_layers_hide_behind_enough_tokens() -> None:
     least, few, most = streaming_slowdown(LLAMA, replace(streamed, seq_len=512), gpu) or (0, 0, 0)
     assert 1 < few <= most
     assert least <= few
-    assert streaming_slowdown(LLAMA, replace(streamed, micro_batch=8), gpu) == (1.0, 1.0, 1.0)
+    assert streaming_slowdown(LLAMA, replace(streamed, micro_batch=16), gpu) == (1.0, 1.0, 1.0)
     # Where nothing hides, a micro-batch takes as long as its copies: all layers but two, forward and backward.
     plain = LLAMA.parameters - 2 * LLAMA.embedding_parameters
     speed = speed_of(LLAMA, replace(streamed, seq_len=16), gpu)

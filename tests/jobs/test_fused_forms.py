@@ -12,14 +12,18 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from studio.core.families import OWN_NORM, OWN_ROTARY
+from studio.core.kernels import launches_of
 from studio.core.recipe import AdapterSection
 from studio.core.shape_from_config import shape_from_config
+from studio.core.trainable import target_names
+from studio.core.vram.setup import Setup
 from studio.jobs.base.model_class import model_class
 from studio.jobs.train import adapter, fused_forms
 from studio.jobs.train.adapted_linear import AdaptedLinear, AdaptedLinear4bit, held_tensors, join_products
 from studio.jobs.train.adapter import attach_adapter
 from studio.jobs.train.step_model import StepModel
 from tests.bench.bench_launches import PASSES, of_a_layer
+from tests.core.published_speed import model
 from tests.core.test_vram_real_step import four_bit
 from tests.fakes.families import FAMILIES, config_of
 
@@ -207,3 +211,7 @@ def test_a_layer_launches_no_more_than_before(settings: dict[str, Any], most: tu
     found = of_a_layer("Llama-3.1-8B", settings)
     assert tuple(found[name].total() for name in PASSES) <= most
     assert all(found[name].total() <= limit for name, limit in zip(PASSES, most, strict=True))
+    shape = model("Llama-3.1-8B")
+    setup = Setup(**settings)
+    counted = launches_of(shape, setup, target_names(shape, setup.targets)) / shape.layers
+    assert counted == pytest.approx(sum(found[name].total() for name in PASSES), rel=0.05), "core/kernels.py"
