@@ -100,7 +100,9 @@ def _field_row(field: Field) -> dict[str, Any]:
 
 
 def _allowed(field: Field) -> str:
-    return "true, false" if isinstance(field.kind, Switch) else ", ".join(choices_of(field.path)) or field.kind.allowed
+    if isinstance(field.kind, Switch):
+        return ", ".join(("true", "false", *field.kind.words))
+    return ", ".join(choices_of(field.path)) or field.kind.allowed
 
 
 def _default_text(value: Any) -> str:

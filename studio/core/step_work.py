@@ -122,7 +122,7 @@ def step_work(shape: ModelShape, setup: Setup) -> StepWork:
         single_attention=single_scores,
         weight_bytes=float(setup.compute_itemsize) * (stored * passes + 2 * shape.embedding_parameters),
         moved_bytes=moved,
-        dequantised_bytes=_DEQUANTISED_BYTES * quantised * passes,
+        dequantised_bytes=_DEQUANTISED_BYTES * (quantised * passes - setup.keeps_dequantised * adapted_weights * again),
         host_bytes=2.0 * offloaded * tokens * shape.hidden * setup.residual_itemsize,
         copied_bytes=_copied(shape, setup),
         forward_share=1 / passes,

@@ -15,7 +15,7 @@ MOST_LAYERS = 10_000
 """A layer number above this is a slip of the finger; no decoder is a tenth as deep."""
 MOST_REPEATS = 4
 """A regular expression with more, or with a repeated group, can take hours on the path of one module."""
-_LONGEST_FOUND, _MOST_LISTED = 100, 20
+_LONGEST_FOUND, _MOST_LISTED, _BARE = 100, 20, r"[A-Za-z0-9_-]+"
 _MOST_WHOLE = 10**300
 """Larger whole numbers, which TOML and JSON allow, cannot become a float: they are left as they are and refused."""
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
@@ -112,19 +112,20 @@ class Choice(ValueKind):
             yield found_value(value), self.allowed
 
 
+@dataclass(frozen=True, slots=True)
 class Switch(ValueKind):
-    """True or false."""
+    """True or false, or a word that lets the program choose."""
 
-    __slots__ = ()
+    words: tuple[str, ...] = ()
 
     @property
     def allowed(self) -> str:
-        """Both."""
-        return "true or false"
+        """Both, and the words."""
+        return " or ".join(("true", "false", *self.words))
 
     def wrong(self, value: Any) -> Iterator[tuple[str, str]]:
         """Yield a value that is neither."""
-        if not isinstance(value, bool):
+        if not (isinstance(value, bool) or (isinstance(value, str) and value in self.words)):
             yield found_value(value), self.allowed
 
     def read(self, text: str) -> Any:
@@ -366,8 +367,7 @@ def _not_a_list(kind: ValueKind, value: Any) -> tuple[str, str]:
         return found_value(value), kind.allowed
     stored = kind.stored(meant)
     if isinstance(stored, dict):
-        bare = re.compile(r"[A-Za-z0-9_-]+")
-        pairs = (f"{key if bare.fullmatch(key) else repr(key)} = {_brief(n)}" for key, n in stored.items())
+        pairs = (f"{key if re.fullmatch(_BARE, key) else repr(key)} = {_brief(n)}" for key, n in stored.items())
         return f"the text {found_value(value)}", f"a table: {{ {', '.join(pairs)} }}"
     listed = ", ".join(f'"{item}"' if isinstance(item, str) else str(item) for item in stored)
     return f"the text {found_value(value)}", f"a list: [{listed}]"

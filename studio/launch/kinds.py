@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Generic
 
 from studio.core.errors import BadInput
+from studio.core.placement.auto import CHOSEN
 from studio.core.recipe import Recipe
 from studio.core.recipe_parse import refuse
 from studio.core.text import plain
@@ -100,8 +101,8 @@ def _check_training(recipe: Recipe, progress: Progress) -> Checked[Recipe]:
     plan = plan_for(report.recipe, report.base, place=report.place)
     recipe = report.recipe
     # Of a model that cannot be sized all layers are computed again, which takes the least memory, and none is streamed.
-    said = {"recompute": "all", "stream": "off", **plan.get("setup", {})}
-    for path in ("train.recompute", "model.stream"):
+    said = {"recompute": "all", "stream": "off", "keep_dequantised": False, **plan.get("setup", {})}
+    for path in CHOSEN:
         if recipe.get(path) == "auto":
             recipe = recipe.with_(path, said[path.rpartition(".")[2]])
     waiting = plan.get("host_parts", {}).get("weights", 0)

@@ -141,6 +141,9 @@ def kernels_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     return 1 if name in _ONE else _SOME[name]
 
 
+_ARGUMENTS = [argument.name for argument in torch.ops.bitsandbytes.gemm_4bit.default._schema.arguments]
+
+
 def _of_four_bits(args: Any, kwargs: Any) -> int:
     """Return the kernels of a product with a 4-bit weight (bitsandbytes/backends/cuda/ops.py, 0.50).
 
@@ -149,7 +152,8 @@ def _of_four_bits(args: Any, kwargs: Any) -> int:
     rows = args[0].numel() // args[0].shape[-1]
     if rows <= 1536:  # one kernel at best: between 5 and 1536 rows it depends on the card
         return 1
-    return 2 + 2 * (kwargs.get("absmax_8bit") is not None)
+    given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+    return 2 + 2 * (given.get("absmax_8bit") is not None)
 
 
 class Launches(TorchDispatchMode):
@@ -157,11 +161,13 @@ class Launches(TorchDispatchMode):
 
     Attributes:
         counts: Kernels by operator, for each pass of the step that is counted.
+        dequantised: How many 4-bit weights were dequantised in all passes.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: dict[str, Counter[str]] = {name: Counter() for name in PASSES}
+        self.dequantised = 0
         self.stage = ""
         self.again = False
         self._unknown: set[str] = set()
@@ -178,6 +184,7 @@ class Launches(TorchDispatchMode):
                 self._unknown.add(name)
                 return out
             self.counts["again" if self.again else self.stage][name] += count
+            self.dequantised += name == "dequantize_4bit" or (name == "gemm_4bit" and count > 1)
         return out
 
     def known(self) -> dict[str, Counter[str]]:
@@ -227,24 +234,25 @@ def _told_of_recomputation(launches: Launches) -> Iterator[None]:
         yield
 
 
-def launches_of(values: dict[str, Any], settings: dict[str, Any]) -> dict[str, Counter[str]]:
-    """Return the kernels of a step's passes by operator, head, loss and optimizer left out."""
+def launches_of(values: dict[str, Any], settings: dict[str, Any]) -> tuple[dict[str, Counter[str]], int]:
+    """Return the kernels of a step's passes by operator, and its dequantisations; head, loss and optimizer left out."""
     recipe, launches = recipe_of(settings), Launches()
     with fake_world() as numbers, torch.random.fork_rng(devices=[]), launches, _told_of_recomputation(launches):
         storages = _Stages(launches)
         run_engine(transformers_config(values), recipe, Target("cuda", recipe.model.dtype), storages, numbers)
-    return launches.known()
+    return launches.known(), launches.dequantised
 
 
-def of_a_layer(model: str, settings: dict[str, Any]) -> dict[str, Counter[str]]:
-    """Return the kernels of one layer's passes by operator: what a third layer adds to two."""
-    two, three = (launches_of(config_of(model, depth), settings) for depth in (2, 3))
-    return {name: three[name] - two[name] for name in PASSES}
+def of_a_layer(model: str, settings: dict[str, Any]) -> tuple[dict[str, Counter[str]], int]:
+    """Return the kernels of one layer's passes by operator, and its dequantisations: what a third layer adds to two."""
+    (two, before), (three, after) = (launches_of(config_of(model, depth), settings) for depth in (2, 3))
+    return {name: three[name] - two[name] for name in PASSES}, after - before
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "LoRA bf16": {"method": "lora", "seq_len": 2048},
     "QLoRA NF4": {"method": "qlora", "seq_len": 2048},
+    "QLoRA NF4, dequantised weights kept": {"method": "qlora", "seq_len": 2048, "keep_dequantised": True},
     "LoRA bf16, not computed again": {"method": "lora", "seq_len": 2048, "recompute": "none"},
     "QLoRA NF4, dropout": {"method": "qlora", "seq_len": 2048, "dropout": 0.05},
 }
@@ -257,12 +265,12 @@ def main() -> None:
     parser.add_argument("--model", action="append", choices=MODELS)
     parser.add_argument("--by-operator", action="store_true")
     asked = parser.parse_args()
-    print("| model | settings | forward | again | backward | all |\n|---|---|---|---|---|---|")
+    print("| model | settings | forward | again | backward | all | dequantised |\n" + "|---" * 7 + "|")
     for model in asked.model or MODELS:
         for name, settings in SETTINGS.items():
-            found = of_a_layer(model, settings)
+            found, dequantised = of_a_layer(model, settings)
             sums = [found[one].total() for one in PASSES]
-            print(f"| {model} | {name} | {' | '.join(map(str, sums))} | {sum(sums)} |", flush=True)
+            print(f"| {model} | {name} | {' | '.join(map(str, (*sums, sum(sums), dequantised)))} |", flush=True)
             for one in PASSES if asked.by_operator else ():
                 print(f"  {one}: " + ", ".join(f"{word} {count}" for word, count in found[one].most_common() if count))
 

@@ -2,7 +2,8 @@
 
 Writes tests/data/traces.json, which tests/core/test_vram_grid.py compares the estimate with, and the rows at full depth
 to tests/bench/measure_results.md. Shallow models stand for deep ones in most rows: a trace is linear in equal layers,
-which the rows at full depth show. `--only WORD` traces the rows whose name holds the word and prints them.
+which the rows at full depth show. `--only WORD` traces the rows whose name holds the word and prints them; `--missing`
+traces what the file lacks and leaves its other rows as they are.
 """
 
 import argparse
@@ -59,6 +60,7 @@ def _said(row: dict[str, Any]) -> str:
     recipe = recipe_of(row["settings"])
     train = recipe.train
     kept = "no checkpointing" if train.recompute == "none" else "checkpointing"
+    kept += ", dequantised weights kept" if train.keep_dequantised else ""
     words = (recipe.method, f"rank {recipe.adapter.rank}", f"{train.micro_batch} x {train.seq_len}", kept)
     streamed = () if recipe.model.stream == "off" else (f"{recipe.model.stream} layers streamed",)
     return ", ".join((*words, f"{train.loss} loss", train.optimizer, *streamed))
@@ -68,12 +70,18 @@ def main() -> None:
     """Trace all rows and store them, or print some."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", metavar="WORD")
-    only = parser.parse_args().only
-    found = []
+    parser.add_argument("--missing", action="store_true")
+    asked = parser.parse_args()
+    only, found = asked.only, []
+    stored = json.loads(TRACES.read_text(encoding="utf-8"))["rows"] if asked.missing else []
+    known = {json.dumps([row["model"], row["layers"], row["settings"]]): row for row in stored}
     began = time.monotonic()
     for model, layers, settings in rows():
         name = f"{model} {layers or 'all'} " + " ".join(str(value) for value in settings.values())
         if only not in name:
+            continue
+        if row := known.get(json.dumps([model, layers, settings])):
+            found.append(row)
             continue
         started = time.monotonic()
         peaks = traced(model, layers, settings)

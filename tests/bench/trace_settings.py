@@ -201,11 +201,16 @@ PARTLY = (
     ("gemma-2-2b", {"method": "qlora", "seq_len": 1024, "recompute": 3, "loss": "full"}),
     ("gemma-3-1b", {"method": "lora", "seq_len": 768, "recompute": 4}),
     ("Qwen3-30B-A3B", {"method": "qlora", "seq_len": 512, "recompute": 1}),
+    ("Llama-3.2-1B", {"method": "qlora", "seq_len": 2048, "recompute": 2, "keep_dequantised": True}),
 )
 """Some layers computed again, the others with their activations kept."""
 
 FULL_DEPTH: tuple[tuple[str, dict[str, Any]], ...] = (
     ("Llama-3.1-8B", {"method": "qlora", "seq_len": 2048, "optimizer": "paged_adamw_8bit"}),
+    (
+        "Llama-3.1-8B",
+        {"method": "qlora", "seq_len": 2048, "optimizer": "paged_adamw_8bit", "keep_dequantised": True},
+    ),
     ("Llama-3.1-8B", {"method": "lora", "seq_len": 2048, "optimizer": "paged_adamw_8bit"}),
     ("Llama-2-13b-hf", {"method": "qlora", "seq_len": 2048, "optimizer": "paged_adamw_8bit"}),
     ("Qwen2.5-0.5B", {"method": "qlora", "seq_len": 2048, "optimizer": "paged_adamw_8bit"}),
@@ -233,6 +238,7 @@ _SECTIONS = {
     "train": {
         *("seq_len", "micro_batch", "accumulation", "optimizer", "recompute", "loss", "attention"),
         "offload_checkpoints",
+        "keep_dequantised",
     },
 }
 

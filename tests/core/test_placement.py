@@ -51,6 +51,21 @@ def test_without_a_budget_or_with_another_wish() -> None:
     assert estimate(AUTO).device == estimate(replace(AUTO, recompute="all")).device
 
 
+def test_what_is_left_keeps_dequantised_weights() -> None:
+    shape = shapes()["Llama-2-7b-hf"]
+    setup = Setup(method="qlora", seq_len=2048, keep_dequantised="auto")
+
+    def kept(budget: int | None, setup: Setup = setup) -> bool:
+        chosen = with_fewest(setup, shape.layers, budget, lambda tried: estimate_vram(shape, tried))
+        assert chosen.recompute == "all"
+        return chosen.keep_dequantised is True
+
+    without, with_ = (estimate_vram(shape, replace(setup, keep_dequantised=keep)).device.high for keep in (False, True))
+    assert 0.2 * 2**30 < with_ - without < 0.6 * 2**30
+    assert [kept(budget) for budget in (None, without, with_ - 1, with_)] == [False, False, False, True]
+    assert not kept(2**40, replace(setup, seq_len=512)), "so few rows need no dequantised weight"
+
+
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 @pytest.mark.parametrize(("model", "card"), [("Llama-2-13b-hf", "T4"), ("Llama-2-7b-hf", "4070"), ("Qwen2.5-7B", "T4")])
 def test_as_few_layers_are_streamed_as_the_card_forces(model: str, card: str, method: Method) -> None:

@@ -52,16 +52,18 @@ def everything() -> tuple[tuple[Setup, VramEstimate, float], ...]:
 
 def _all() -> Iterator[Setup]:
     setup = setup_of(RECIPE, CARD)
-    for method, optimizer, rows, again, stream, offloads in product(
+    for method, optimizer, rows, again, stream, offloads, keeps in product(
         ("lora", "qlora"),
         ("adamw_torch", "adamw_8bit", "paged_adamw_8bit"),
         (1, 2, 4),
         ("none", 1, 2, 3, "all"),
         ("off", 2, 4),
         (False, True),
+        (False, True),
     ):
-        if not (offloads and again == "none"):
+        if not (offloads and again == "none") and not (keeps and (method == "lora" or again == "none")):
             choices: dict[str, Any] = {"method": method, "optimizer": optimizer, "recompute": again, "stream": stream}
+            choices["keep_dequantised"] = keeps
             yield replace(setup, **choices, micro_batch=rows, accumulation=4 // rows, offload_checkpoints=offloads)
 
 
@@ -95,6 +97,7 @@ def test_it_chooses_what_trying_everything_chooses(aim: Aim) -> None:
             assert chosen == by_force(aim, budget, ram), (ram, budget)
             found.add(chosen)
     assert len(found) > (2 if aim == "room" else 6)
+    assert any(setup and setup.keep_dequantised for setup in found) == (aim == "speed")
 
 
 def check(plan: Plan, budget: int) -> None:

@@ -14,7 +14,7 @@ from studio.core.errors import BadInput
 from studio.core.layer_count import LayerCount
 from studio.core.recipe import FIELDS, Recipe, choices_of
 from studio.core.recipe_parse import apply_settings, recipe_from_dict
-from studio.core.value_kinds import Number
+from studio.core.value_kinds import Number, Switch
 from studio.runs.recipe_file import dump_recipe
 
 
@@ -275,6 +275,8 @@ def test_a_field_may_have_the_values_of_its_type() -> None:
             elif isinstance(layers := FIELDS[path].kind, LayerCount):
                 words, count = get_args(hint)
                 assert (get_args(words), count) == (layers.words, int)
+            elif isinstance(switch := FIELDS[path].kind, Switch) and switch.words:
+                assert get_args(hint) == (bool, Literal[switch.words])
             else:
                 assert get_origin(hint) is tuple or hint in (str, bool, str | tuple[str, ...])
                 assert choices_of(path) == ()

@@ -119,6 +119,12 @@ def test_what_costs_time():
     assert expected(replace(SETUP, seq_len=16384)) < base * 0.8, "attention is quadratic"
     assert expected(replace(SETUP, attention="eager")) < base
     assert expected(replace(SETUP, method="qlora")) < base
+    quantised = replace(SETUP, method="qlora", micro_batch=4)
+    kept = replace(quantised, keep_dequantised=True)
+    assert expected(quantised) < expected(kept) < expected(replace(SETUP, micro_batch=4))
+    assert 3 * step_work(LLAMA, kept).dequantised_bytes == pytest.approx(
+        2 * step_work(LLAMA, quantised).dequantised_bytes
+    )
     assert expected(replace(SETUP, dora=True)) < base
     assert expected(replace(SETUP, rank=256)) < base
     whole_head = expected(replace(SETUP, modules_to_save=("lm_head",)))

@@ -189,6 +189,7 @@ ROWS: dict[str, Row] = {
     "train.warmup_fraction": Row(1.0, "rates"),
     "train.optimizer": Row("adamw_8bit", "optimizer state", {"train.checkpoint_every": 1}),
     "train.recompute": Row("all", "checkpointing"),
+    "train.keep_dequantised": Row(True, "details", FOUR_BIT | {"train.recompute": "all"}),
     "train.offload_checkpoints": Row(True, "warnings", {"train.recompute": "all"}),
     "train.loss": Row("full", "loss path"),
     "train.packing": Row("on", "batch tokens"),
@@ -284,6 +285,7 @@ def seen_of(paths: RunPaths, spied: dict[str, list[Any]], recipe: Recipe) -> dic
         "answers": each(Sampled, lambda event: (event.prompt, event.answer)),
         "warnings": each(Warned, lambda event: event.topic),
         "phases": set(each(Phase, lambda event: event.name)),
+        "details": each(Phase, lambda event: event.detail if event.name == "attaching the adapter" else ""),
         "checkpoints": each(Saved, lambda event: event.path),
         "checkpoints left": sorted(folder.name for folder in paths.checkpoints.glob("step-*")),
         "failure": each(Failed, lambda event: event.message),
@@ -379,8 +381,8 @@ PLANNED = {
 """Fields that the memory estimate counts."""
 OF_NO_MEMORY = {"model.quant_type"}
 """In a set-up for the sake of other loops, which also hold int8: NF4 and FP4 take as many bytes."""
-OF_LONG_ROWS = {"train.compile"}
-"""Counted where MLPs take their rows in tiles, which compiled layers do not."""
+OF_LONG_ROWS = {"train.compile": True, "train.keep_dequantised": True}
+"""Counted where MLPs take their rows in tiles, which compiled layers do not, and where weights are dequantised."""
 
 
 def figures(recipe: Recipe) -> tuple[Any, ...]:
@@ -391,9 +393,12 @@ def figures(recipe: Recipe) -> tuple[Any, ...]:
 
 def test_every_field_of_a_set_up_is_counted() -> None:
     names = {field.name for field in fields(Setup)}
-    assert {path for path in FIELDS if path.rpartition(".")[2] in names} == PLANNED.keys() | OF_NO_MEMORY | OF_LONG_ROWS
+    assert {
+        path for path in FIELDS if path.rpartition(".")[2] in names
+    } == PLANNED.keys() | OF_NO_MEMORY | OF_LONG_ROWS.keys()
     long = Recipe().with_("train.seq_len", 8192)
-    assert figures(long) != figures(long.with_("train.compile", True))
+    for path, value in OF_LONG_ROWS.items():
+        assert figures(long) != figures(long.with_(path, value))
 
 
 @pytest.mark.parametrize("path", PLANNED)

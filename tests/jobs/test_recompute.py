@@ -7,11 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from studio.core import tiles as size_of_tiles
 from studio.core.recipe import AdapterSection, Recipe
 from studio.jobs.base.load import _keep_packing as keep_packing
+from studio.jobs.base.streaming.layers import StreamedLayers
+from studio.jobs.train import adapted_linear
 from studio.jobs.train.adapter import attach_adapter, checkpointed
 from studio.jobs.train.between import Between
 from studio.jobs.train.offload import offload_checkpoints
@@ -23,11 +27,14 @@ from tests.jobs.conftest import Train, history_of
 from tests.jobs.test_families import FAMILIES, SMALL
 from tests.jobs.test_offload import HostBytes
 from tests.jobs.test_packing import stir
+from tests.jobs.test_streaming import LateQueues
 
 LAYERS = 5
 
 
-def model_of(recompute: Any, *, family: str = "llama", method: str = "lora", **section: Any) -> Any:
+def model_of(
+    recompute: Any, *, family: str = "llama", method: str = "lora", keeps: bool = False, **section: Any
+) -> Any:
     torch.manual_seed(1)
     sizes = {**SMALL, **FAMILIES[family], "num_hidden_layers": LAYERS, "tie_word_embeddings": True}
     if family == "falcon":
@@ -37,7 +44,8 @@ def model_of(recompute: Any, *, family: str = "llama", method: str = "lora", **s
         four_bit(base, torch.float32)
         keep_packing(base)
     base.requires_grad_(False)
-    return attach_adapter(base, AdapterSection(rank=4, alpha=8.0, **section), recompute=recompute)
+    section_of = AdapterSection(rank=4, alpha=8.0, **section)
+    return attach_adapter(base, section_of, recompute=recompute, keep_dequantised=keeps)
 
 
 def step(model: Any) -> tuple[float, dict[str, Tensor]]:
@@ -65,6 +73,38 @@ def test_losses_and_gradients_are_the_same_to_the_bit(method: str) -> None:
     assert len(wanted[1]) == LAYERS * 7 * 2
     for recompute in (1, 3, "all"):
         same_bits(model_of(recompute, method=method, dropout=0.2), wanted)
+
+
+class Dequantised(TorchDispatchMode):
+    """Counts how often a weight is dequantised: for a product, or to be kept."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ in ("gemm_4bit", "dequantize_4bit")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", ["all", 2, "streamed", pytest.param("tiles", marks=pytest.mark.slow)])
+def test_kept_dequantised_weights_give_the_same_bits(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapted_linear, "PRODUCT_BY_KERNEL", 13)  # the last tile of 60 rows is too short to keep
+    if case == "tiles":
+        monkeypatch.setattr(size_of_tiles, "TILE_TOKENS", 47)
+    again, found = case if case == 2 else "all", []
+    for keeps in (False, True):
+        model = model_of(again, method="nf4", keeps=keeps, dropout=0.2)
+        if case == "streamed":
+            StreamedLayers(model, range(LAYERS), LateQueues())
+        with Dequantised() as counted:
+            found.append((step(model), counted.count))
+    (wanted, three), ((loss, gradients), two) = found
+    assert loss == wanted[0]
+    assert all(torch.equal(gradients[name], gradient) for name, gradient in wanted[1].items())
+    layers = LAYERS if again == "all" else again
+    # The first layer's input wants no gradient: what three of its maps dequantise nobody needs on the way back.
+    of_all, of_short_tiles = layers * 7 - 3, layers * 3 if case == "tiles" else 0
+    assert three == LAYERS * 14 - 3 + layers * 7 + 3 * of_short_tiles
+    assert two == three - of_all
 
 
 @pytest.mark.slow

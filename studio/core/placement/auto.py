@@ -1,7 +1,8 @@
 """`auto` in a recipe: the fewest streamed layers, and the fewest computed again, with which a training fits its card.
 
-It becomes a number when a run starts, and the run's recipe keeps that number: a resumed run does not choose again.
-Streamed layers are chosen first, with all layers computed again: that costs less time than waiting for copies.
+It becomes a plain value when a run starts, and the run's recipe keeps that: a resumed run does not choose again.
+Streamed layers are chosen first, with all layers computed again: that costs less time than waiting for copies. What is
+left may keep dequantised weights.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from studio.core.recipe import Recipe, Recompute
 from studio.core.vram.report import VramEstimate
 from studio.core.vram.setup import Setup
 
+CHOSEN = ("model.stream", "train.recompute", "train.keep_dequantised")
+"""The fields whose `auto` is decided here."""
 Estimate = Callable[[Setup], VramEstimate]
 
 
@@ -46,14 +49,17 @@ def with_fewest(setup: Setup, layers: int, budget_bytes: int | None, estimate: E
 
         # Offloaded checkpoints need a layer that has one.
         setup = _fewest(int(setup.offload_checkpoints), layers, again, fits)
+    if setup.keep_dequantised == "auto":
+        keeping = replace(setup, keep_dequantised=True)
+        setup = keeping if keeping.keeps_dequantised and fits(keeping) else replace(setup, keep_dequantised=False)
     return setup
 
 
 def settled(recipe: Recipe, setup: Setup) -> Recipe:
-    """Return a recipe with the numbers of layers of its set-up in place of `auto`."""
-    for path, word in (("model.stream", setup.stream), ("train.recompute", setup.recompute)):
+    """Return a recipe with the values of its set-up in place of `auto`."""
+    for path in CHOSEN:
         if recipe.get(path) == "auto":
-            recipe = recipe.with_(path, word)
+            recipe = recipe.with_(path, getattr(setup, path.rpartition(".")[2]))
     return recipe
 
 

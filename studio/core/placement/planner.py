@@ -1,9 +1,10 @@
 """The settings with which a recipe fills a card: for speed, for fidelity to the 16-bit base, or for room.
 
-Chosen are the method, how many layers are computed again, the micro-batch (a step sees the same rows), the optimizer,
-and whether checkpoints wait in main memory. Layers of the base wait there too, where that keeps them in 16 bit or where
-nothing fits otherwise: no card has run that yet, so it is not chosen for speed. Everything else stays as the recipe has
-it. What is chosen fits at the high end of its estimate. No clock, no card, and no measurement of quality is asked.
+Chosen are the method, how many layers are computed again and whether these keep what is dequantised for it, the
+micro-batch (a step sees the same rows), the optimizer, and whether checkpoints wait in main memory. Layers of the base
+wait there too, where that keeps them in 16 bit or where nothing fits otherwise: no card has run that yet, so it is not
+chosen for speed. Everything else stays as the recipe has it. What is chosen fits at the high end of its estimate. No
+clock, no card, and no measurement of quality is asked.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -60,6 +61,7 @@ class Placed:
             "train.accumulation": setup.accumulation,
             "train.offload_checkpoints": setup.offload_checkpoints,
             "train.recompute": setup.recompute,
+            "train.keep_dequantised": setup.keep_dequantised,
             "model.stream": setup.stream,
         }
 
@@ -178,7 +180,7 @@ class Planner:
 
     def _ways(self, method: Method, streams: Sequence[Stream]) -> Iterator[Setup]:
         """Yield a set-up for each micro-batch and each place of checkpoints and weights."""
-        setup = replace(setup_of(self.recipe, self.gpu), device="cuda", method=method)
+        setup = replace(setup_of(self.recipe, self.gpu), device="cuda", method=method, keep_dequantised=False)
         for size, more in self._batches:
             for offloads in (False, True) if self.ram_bytes else (False,):
                 for stream in streams:
@@ -221,15 +223,27 @@ class Planner:
         for most, way in sorted(hoped, key=lambda pair: -pair[0]):
             if best is not None and most < best.score:
                 break
-            found = self._best_of(way, optimizers, budget_bytes)
-            if found is not None and (best is None or self._rank(found) < self._rank(best)):
-                best = found
+            found = self._best_of(way, optimizers, budget_bytes, int(way.offload_checkpoints))
+            for placed in (found, self._keeping(way, optimizers, budget_bytes, found)):
+                if placed is not None and (best is None or self._rank(placed) < self._rank(best)):
+                    best = placed
         return best
 
-    def _best_of(self, way: Setup, optimizers: Sequence[Optimizer], budget_bytes: int) -> Placed | None:
-        """Return the fewest layers computed again with which one of the optimizers fits, and the first such one."""
+    def _keeping(
+        self, way: Setup, optimizers: Sequence[Optimizer], budget_bytes: int, found: Placed | None
+    ) -> Placed | None:
+        """Return the best settings of a way that keep dequantised weights; None where they cannot be faster."""
+        hoped = None if found is None else replace(found.setup, keep_dequantised=True)
+        if found is None or hoped is None or not hoped.keeps_dequantised or self._score(hoped) <= found.score:
+            return None
+        # Kept weights take memory, so that no fewer layers are computed again than without them.
+        least = found.setup.recomputed_of(self.shape.layers)
+        return self._best_of(replace(way, keep_dequantised=True), optimizers, budget_bytes, least)
+
+    def _best_of(self, way: Setup, optimizers: Sequence[Optimizer], budget_bytes: int, least: int) -> Placed | None:
+        """Return the fewest layers computed again, of no fewer than `least`, and the first optimizer that fits then."""
         best: Setup | None = None
-        least, most = int(way.offload_checkpoints), self._most_again(way)
+        most = self._most_again(way)
         for optimizer in optimizers:
             setup = replace(way, optimizer=optimizer)
             # Another optimizer must do with fewer layers than those before it.
@@ -288,7 +302,7 @@ class Planner:
             ("optimizer", "optimizer"),
             ("micro_batch", "accumulation"),
             ("offload_checkpoints", "offload_checkpoints"),
-            ("recompute", "recompute"),
+            ("recompute", "keep_dequantised"),
         ):
             changed: dict[str, Any] = {each: getattr(chosen.setup, each) for each in (name, beside)}
             setup = replace(before.setup, **changed)
@@ -304,10 +318,11 @@ class Planner:
         bits = "16 bit" if setup.method == "lora" else "4 bit"
         where = f", {setup.streamed} of {layers} layers in main memory" if setup.streamed else ""
         place = "main memory" if setup.offload_checkpoints else "the card's memory"
+        others = ", the others keep their dequantised weights" if setup.keeps_dequantised else ""
         return {
             "method": f"base in {bits}{where}",
             "optimizer": f"{setup.optimizer}, states in {8 if _EIGHT_BIT in setup.optimizer else 32} bit",
             "micro_batch": f"{setup.micro_batch} x {setup.accumulation} rows a step",
             "offload_checkpoints": f"checkpoints in {place}",
-            "recompute": f"{layers - setup.recomputed_of(layers)} of {layers} layers keep their activations",
+            "recompute": f"{layers - setup.recomputed_of(layers)} of {layers} layers keep their activations{others}",
         }[name]

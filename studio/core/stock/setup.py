@@ -134,7 +134,8 @@ def stock_setup(
         version_of(transformers)
     same = {field.name: getattr(setup, field.name) for field in fields(Setup)}
     return StockSetup(
-        **same | {"recompute": "all" if setup.recomputes else "none", "stream": "off"},  # the Trainer knows neither
+        # The Trainer knows none of them.
+        **same | {"recompute": "all" if setup.recomputes else "none", "stream": "off", "keep_dequantised": False},
         kbit_prepare=quantised if kbit_prepare is None else kbit_prepare and quantised,
         head_cast_back=head_cast_back and quantised and setup.compute_itemsize == 2,
         autocast=wanted_autocast and setup.dtype != "fp32",

@@ -19,6 +19,7 @@ def adapted_linear(
     *,
     compute: int,
     quantised: bool,
+    keeps: bool = False,
 ) -> Tensor:
     """Return a linear layer's output with its pair's; a 4-bit layer gives back the format that it is given.
 
@@ -33,6 +34,7 @@ def adapted_linear(
         gradients: Where the fp32 gradients of A and B are kept.
         compute: Bytes per element of products.
         quantised: Whether the weight is dequantised for each product, forward and backward.
+        keeps: Whether it is saved as the forward dequantised it.
     """
     tape = x.tape
     outputs, narrow = Polynomial(per_token=linear.outputs * visits), Polynomial(per_token_rank=visits)
@@ -45,11 +47,13 @@ def adapted_linear(
     tape.named(*working)
     copies = [Tensor(tape, elements, compute) for elements in reversed(pair)] if compute != 4 else []
     between = Tensor(tape, narrow, compute)
-    tape.named(x, rows, read, out, between, *copies)
+    kept = working if keeps and rows.node is not None else []
+    tape.named(x, rows, read, out, between, *copies, *kept)
     if tape.records:
         wanted = (rows,) if dropped is None else (rows, read)
-        saved = (read, between, *(copies if any(t.node for t in wanted) else copies[:1]))
-        node = _function(wanted, out, saved, (narrow.times(compute), *(weight if rows.node is not None else ())))
+        saved = (read, between, *(copies if any(t.node for t in wanted) else copies[:1]), *kept)
+        made_again = weight if rows.node is not None and not kept else ()
+        node = _function(wanted, out, saved, (narrow.times(compute), *made_again))
         node.trained = pair, gradients
         node.turns = (tuple(copy.bytes for copy in copies),)
     return op.cast(out, x.itemsize if quantised else compute)

@@ -106,14 +106,17 @@ def own_loop(shape: ModelShape, kind: Setup, kernel: Kernel) -> Loop:
 
 
 def at_size(loop: Loop, shape: ModelShape, setup: Setup) -> Loop:
-    """Return the loop for a micro-batch; the same loop where layers depend neither on the rows' length nor on tiles."""
+    """Return the loop for a micro-batch; the same loop where layers do not depend on its size."""
     tiled = setup.engine == "studio" and not setup.compile
-    return _at_size(loop, shape.mixes_by_state * setup.seq_len, tiled * tile_tokens(setup.tokens))
+    of_length = shape.mixes_by_state * setup.seq_len
+    return _at_size(loop, of_length, tiled * tile_tokens(setup.tokens), setup.keeps_dequantised)
 
 
 @lru_cache(maxsize=256)
-def _at_size(loop: Loop, length: int, tile: int) -> Loop:
-    return replace(loop, traits=replace(loop.traits, length=length, tile=tile)) if length or tile else loop
+def _at_size(loop: Loop, length: int, tile: int, keeps: bool) -> Loop:
+    if not (length or tile or keeps):
+        return loop
+    return replace(loop, traits=replace(loop.traits, length=length, tile=tile, keeps_dequantised=keeps))
 
 
 @lru_cache(maxsize=256)

@@ -66,6 +66,7 @@ class LayerTraits:
         fused_mixers: Whether kernels mix tokens by state and keep nothing but what they are given and what they give.
         tile: Tokens that a dense MLP takes at once in checkpointed layers and in evaluations; 0 for all.
         joins_products: Whether one function makes an adapted layer's frozen product and its pair's, as in our loop.
+        keeps_dequantised: Whether a checkpointed layer that is computed again keeps its dequantised weights until then.
         fused_norms: Whether one function makes an RMS norm.
         fused_rotary: Whether one function turns whole heads.
     """
@@ -86,6 +87,7 @@ class LayerTraits:
     fused_mixers: bool = False
     tile: int = 0
     joins_products: bool = False
+    keeps_dequantised: bool = False
     fused_norms: bool = False
     fused_rotary: bool = False
 
@@ -167,6 +169,7 @@ class Modules:
                 self.gradients,
                 compute=self.traits.arithmetic.compute,
                 quantised=bool(self.traits.quantised),
+                keeps=self.traits.keeps_dequantised and self.checkpointed,
             )
         elif self.traits.quantised:
             out = self._adapted_quantised(layer, x, visits)

@@ -8,11 +8,14 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 from studio.core.gpu_catalogue import Gpu, sixteen_bit
 from studio.core.preferences import takes_pairs
 from studio.core.quantised_base import QuantisedBase
-from studio.core.recipe import FIELDS, Attention, Loss, Method, Objective, Optimizer, Recipe, Recompute, Stream
+from studio.core.recipe import FIELDS, Attention, Loss, Method, Objective, Optimizer, OrAuto, Recipe, Recompute, Stream
 from studio.core.trainable import AdaptedPart
 from studio.core.value_kinds import ALL_LINEAR
 
 Engine = Literal["studio", "hf"]
+PRODUCT_BY_KERNEL = 1536
+"""Most rows that bitsandbytes may multiply with a 4-bit weight by one kernel, without dequantising it first
+(backends/cuda/ops.py _gemm_4bit_custom_max_m). To keep a dequantised weight saves nothing there."""
 ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -36,6 +39,8 @@ class Setup:
         optimizer: Which AdamW.
         recompute: Which layers are computed again in the backward: all, none, or so many from the first that has an
             adapter. `auto` counts as all until `studio.core.placement.auto` has made it a number.
+        keep_dequantised: Whether a 4-bit layer that is computed again keeps what is dequantised for its backward;
+            `auto` counts as no until it has been decided.
         attention: Fused kernels or S x S matrices.
         loss: Whole logits, or a head taken in chunks (by this program's loop or by liger's kernel).
         compile: Whether layers are compiled; they then take long rows whole, not in tiles.
@@ -65,6 +70,7 @@ class Setup:
     accumulation: int = 1
     optimizer: Optimizer = "adamw_torch"
     recompute: Recompute = "all"
+    keep_dequantised: OrAuto = False
     attention: Attention = "sdpa"
     loss: Loss = "chunked"
     compile: bool = False
@@ -154,6 +160,12 @@ class Setup:
         if isinstance(self.recompute, int):
             return min(self.recompute, layers)
         return layers if self.recomputes else 0
+
+    @property
+    def keeps_dequantised(self) -> bool:
+        """Whether layers that are computed again keep their dequantised weights in a micro-batch of this size."""
+        again = self.quantised and self.recomputes and not (self.compile or self.dora)
+        return self.keep_dequantised is True and again and self.tokens > PRODUCT_BY_KERNEL
 
     @property
     def autocast(self) -> bool:

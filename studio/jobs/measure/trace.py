@@ -137,7 +137,8 @@ def run_engine(
         if target.device_type == "cuda":
             stack.enter_context(card_habits(storages, target.capability))
         with storages.newborn("adapter"):
-            model = attach_adapter(base, recipe.adapter, recompute=recipe.train.recompute)
+            keeps = recipe.train.keep_dequantised is True
+            model = attach_adapter(base, recipe.adapter, recompute=recipe.train.recompute, keep_dequantised=keeps)
             if recipe.train.offload_checkpoints and target.device_type == "cuda":
                 offload_checkpoints(model, TracedCopies(storages))
         trained = [p for p in model.parameters() if p.requires_grad]

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from studio.core.vram.setup import PRODUCT_BY_KERNEL
 from studio.jobs.base.streaming.four_bit import tensors_of, with_tensors
 
 
@@ -38,7 +39,14 @@ class AdaptedLinear(peft_layer.Linear):  # type: ignore[misc]
 
 
 class AdaptedLinear4bit(peft_bnb.Linear4bit):  # type: ignore[misc]
-    """peft's layer beside a 4-bit weight, with one function for both products."""
+    """peft's layer beside a 4-bit weight, with one function for both products.
+
+    Attributes:
+        keeps: Whether the dequantised weight is saved for the backward, which else dequantises again. For layers inside
+            a checkpoint: their first forward saves nothing, and what is computed again goes backward at once.
+    """
+
+    keeps = False
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return the layer's output `[.., out]` for x `[.., in]`, in the format of x, as bitsandbytes does."""
@@ -54,6 +62,14 @@ def join_products(model: PeftModel) -> PeftModel:
             # peft makes such a layer itself; its hooks for classes of others go by the class of the frozen layer.
             module.__class__ = ours
     return model
+
+
+def keep_dequantised(layer: nn.Module) -> int:
+    """Let the adapted 4-bit layers of a checkpointed module keep what they dequantise; return how many do."""
+    found = [module for module in layer.modules() if isinstance(module, AdaptedLinear4bit)]
+    for module in found:
+        module.keeps = True
+    return len(found)
 
 
 def _format_of_products(layer: Any, x: Tensor) -> torch.dtype | None:
@@ -74,7 +90,9 @@ def _adapted(layer: Any, x: Tensor, compute: torch.dtype, result: torch.dtype) -
     into, back = layer.lora_A[name].weight, layer.lora_B[name].weight
     dropout = layer.lora_dropout[name]
     dropped = dropout(x).to(compute) if layer.training and getattr(dropout, "p", 0.0) > 0 else None
-    made: Any = cast(Any, _Adapted).apply(x.to(compute), dropped, into, back, layer.base_layer, layer.scaling[name])
+    keeps = getattr(layer, "keeps", False) and layer.training and torch.is_grad_enabled()
+    how = layer.base_layer, layer.scaling[name], keeps
+    made: Any = cast(Any, _Adapted).apply(x.to(compute), dropped, into, back, how)
     return cast(Tensor, made.to(result))
 
 
@@ -83,21 +101,23 @@ class _Adapted(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: PLR0917  autograd passes arguments by position
-        ctx: Any, x: Tensor, dropped: Tensor | None, into: Tensor, back: Tensor, base: Any, scaling: float
+        ctx: Any, x: Tensor, dropped: Tensor | None, into: Tensor, back: Tensor, how: tuple[Any, float, bool]
     ) -> Tensor:
+        base, scaling, keeps = how
         rows = x.reshape(-1, x.shape[-1])
         read = rows if dropped is None else dropped.reshape(rows.shape)
+        wants_x, wants_dropped = ctx.needs_input_grad[:2]
+        state = getattr(base.weight, "quant_state", None)
+        whole = matrix_of(state, held_tensors(base.weight)) if keeps and wants_x and _dequantises(state, rows) else None
         with torch.autocast(x.device.type, enabled=False):
-            made: Tensor = base(rows)
+            made: Tensor = base(rows) if whole is None else _product(rows, whole, base.bias)
             first, second = _cast((into, back), x.dtype)
             # With a beta of 0 what is added is not read, only its shape must fit.
             narrow = torch.addmm(read[:1, :1], read, first.t(), beta=0, alpha=scaling)
             made.addmm_(narrow, second.t())
-        wants_x, wants_dropped = ctx.needs_input_grad[:2]
-        held = held_tensors(base.weight) if wants_x else ()
-        state = getattr(base.weight, "quant_state", None)
+        held = () if not wants_x else held_tensors(base.weight) if whole is None else (whole,)
         # Without its tensors, which may lie in a buffer that another layer has by then.
-        ctx.form = None if state is None else with_tensors(state, repeat(None))
+        ctx.form = None if state is None or whole is not None else with_tensors(state, repeat(None))
         ctx.turned, ctx.scaling, ctx.shape = type(base) is Conv1D, scaling, x.shape
         ctx.save_for_backward(read, narrow, second, first if wants_x or wants_dropped else None, *held)
         # Not a view, which nobody could write into (Llama 4 adds to its shared expert's output in place).
@@ -122,7 +142,16 @@ class _Adapted(torch.autograd.Function):
                 of_dropped = (of_narrow @ first).reshape(ctx.shape)
             elif of_x is not None:
                 of_x.addmm_(of_narrow, first)
-        return None if of_x is None else of_x.reshape(ctx.shape), of_dropped, of_into, of_back, None, None
+        return None if of_x is None else of_x.reshape(ctx.shape), of_dropped, of_into, of_back, None
+
+
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return nn.functional.linear(rows, weight, None if bias is None else bias.to(rows.dtype))
+
+
+def _dequantises(state: QuantState, rows: Tensor) -> bool:
+    """Return whether bitsandbytes would dequantise a weight for its product with x, into the format that it came in."""
+    return rows.shape[0] > PRODUCT_BY_KERNEL and state.dtype == rows.dtype and state.shape[1] == rows.shape[1]
 
 
 def _cast(pair: tuple[Tensor, Tensor], dtype: torch.dtype) -> Sequence[Tensor]:

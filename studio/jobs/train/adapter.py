@@ -30,6 +30,7 @@ from studio.jobs.base.load import family_of
 from studio.jobs.base.model_class import class_of, is_plain, odd_linears
 from studio.jobs.base.weights.pissa import difference
 from studio.jobs.train.adapted_linear import join_products
+from studio.jobs.train.adapted_linear import keep_dequantised as keep_matrices
 from studio.jobs.train.fused_forms import fuse_forms
 from studio.jobs.train.guards import check_adapter
 from studio.jobs.train.served import check_folder
@@ -41,7 +42,9 @@ AdapterWeights = dict[str, Tensor]
 """An adapter's tensors by their names in a PEFT file."""
 
 
-def attach_adapter(base: nn.Module, section: AdapterSection, *, recompute: Recompute) -> PeftModel:
+def attach_adapter(
+    base: nn.Module, section: AdapterSection, *, recompute: Recompute, keep_dequantised: bool = False
+) -> PeftModel:
     """Return the base with trainable low-rank pairs A and B; they are fp32, whatever the base's number format is.
 
     Embeddings, head and norms keep the base's format (peft's `prepare_model_for_kbit_training` would make them fp32).
@@ -51,6 +54,7 @@ def attach_adapter(base: nn.Module, section: AdapterSection, *, recompute: Recom
         base: The loaded model, frozen. peft changes it in place.
         section: The recipe's `[adapter]`.
         recompute: Which decoder layers keep only their input and are computed again in the backward pass.
+        keep_dequantised: Whether these keep their dequantised weights from then until they have gone backward.
 
     Raises:
         JobFailed: `unknown_targets` when a module, layer or pattern that the recipe names is not in the model.
@@ -83,6 +87,8 @@ def attach_adapter(base: nn.Module, section: AdapterSection, *, recompute: Recom
         _checkpoint_layers(model.get_base_model())
     if isinstance(recompute, int):
         _checkpoint_first(model.get_base_model(), recompute)
+    for layer in _layers_again(model) if keep_dequantised else ():
+        keep_matrices(layer)
     tile_mlps(model.get_base_model())
     return model
 
@@ -132,8 +138,12 @@ def checkpointed(model: nn.Module) -> tuple[int, int]:
 
     Where the model's own code decides, no layer is counted.
     """
+    return len(_layers_again(model)), sum(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
+
+
+def _layers_again(model: nn.Module) -> list[nn.Module]:
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    return sum(bool(layer.gradient_checkpointing) for layer in layers), len(layers)
+    return [layer for layer in layers if layer.gradient_checkpointing]
 
 
 def adapter_weights(model: PeftModel) -> AdapterWeights:

@@ -114,11 +114,14 @@ def trainable_model(
         said = f"{held.four_bit_share:.0%} of the weights in this model's layers are in 4 bits"
         kept = f"{held.kept_16bit_bytes / 2**30:.2f} GiB are not, embedding and head among them"
         worker.emit(Warned, topic="precision", message=f"{said}; {kept}")
-    model = attach_adapter(frozen, recipe.adapter, recompute=recipe.train.recompute)
+    keeps = recipe.train.keep_dequantised is True
+    model = attach_adapter(frozen, recipe.adapter, recompute=recipe.train.recompute, keep_dequantised=keeps)
     check_names(model)
     if isinstance(recipe.train.recompute, int):
         again, layers = checkpointed(model)
         tell("attaching the adapter", detail=f"{again} of {layers} layers are computed again on the way back")
+    if keeps and recipe.method == "qlora":
+        tell("attaching the adapter", detail="what is dequantised to compute a layer again stays for its backward")
     if recipe.train.offload_checkpoints:
         _offload(model, device, worker)
     if recipe.adapter.init == "pissa":

@@ -257,7 +257,7 @@ def options_of(path: str) -> tuple[tuple[str, str], ...]:
     """Return the values and words that a field is chosen from; empty where it is no choice."""
     kind = FIELDS[path].kind
     if isinstance(kind, Switch):
-        return ("off", "off"), ("on", "on")
+        return ("off", "off"), ("on", "on"), *((word, word) for word in kind.words)
     if isinstance(kind, LayerCount):
         # Ordered by how many layers: the words that stand for a number of their own at either end.
         words = [word for word in kind.words if word != kind.none]
