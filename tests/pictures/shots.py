@@ -105,11 +105,6 @@ SHOTS = (
     ),
     Shot(
         "busy", "AskTurn", "Launching on a card where a run is at work", (("r", "busy"),), LARGE, busy="docs-20261128"
-        "AskTurn",
-        "Launching on a card where a training runs",
-        (("r", "busy"),),
-        LARGE,
-        busy="docs-long-20261128",
     ),
     Shot(
         "configure-memory", "ConfigureScreen", "Where the memory of a recipe goes", (("", "GiB"), ("v", "GiB")), LARGE
