@@ -100,8 +100,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--lanes",
         default=_LANES,
         metavar="NAMES",
-        help="two or more of lora, qlora, qlora+loftq, qlora+mixed (with model.skip_modules in 16 bit); default: "
-        f"{_LANES}",
+        help=f"two or more of lora, qlora, qlora+loftq, qlora+mixed (with model.precision); default: {_LANES}",
     )
     add_recipe_flags(race)
     add_set(race)

@@ -22,6 +22,7 @@ from studio.core.shape import ModelShape
 from studio.core.text import plain
 from studio.core.trainable import check_adapted
 from studio.core.vram.estimate import estimate_vram
+from studio.core.vram.frozen import check_precision
 from studio.core.vram.report import plan_to_dict
 from studio.core.vram.setup import Setup, setup_of
 from studio.launch.start import start
@@ -102,6 +103,7 @@ def _plan(recipe: Recipe, shape: ModelShape, setup: Setup, device: PlanDevice, *
         BadInput: The model has no such targets.
     """
     check_adapted(shape, setup.adapted)
+    check_precision(shape, setup)
     estimate = estimate_vram(shape, setup, device.gpu)
     pace = pace_of(recipe, shape, setup, device.gpu, data_known=data_known)
     plan = plan_to_dict(estimate, shape, setup, gpu=device.gpu, budget_bytes=device.budget_bytes(recipe))

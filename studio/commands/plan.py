@@ -25,6 +25,7 @@ from studio.core.stock.setup import StockSetup, as_it_lies_here, stock_setup
 from studio.core.text import plain
 from studio.core.trainable import check_adapted
 from studio.core.vram.estimate import estimate_vram
+from studio.core.vram.frozen import check_precision
 from studio.core.vram.report import VramEstimate, plan_to_dict
 from studio.core.vram.setup import Setup, as_it_lies, setup_of
 from studio.probe.data.places import find_files, hub_word
@@ -129,6 +130,7 @@ def run(args: argparse.Namespace) -> int:
 def _estimate(shape: ModelShape, setup: Setup, gpu: Gpu | None) -> tuple[Setup, VramEstimate]:
     """Return the set-up, adjusted to how the base's weights are stored, and what it needs."""
     check_adapted(shape, setup.adapted)
+    check_precision(shape, setup)
     if isinstance(setup, StockSetup):
         setup = as_it_lies_here(setup, shape.quantised)
         return setup, refined(estimate_stock(shape, setup, gpu), shape, setup, gpu)

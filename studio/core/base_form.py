@@ -7,7 +7,7 @@ weights of bitsandbytes under QLoRA.
 from typing import Literal
 
 from studio.core.quantised_base import BITSANDBYTES, GGUF, MXFP4, QuantisedBase
-from studio.core.recipe import Method, Recipe
+from studio.core.recipe import FIELDS, Method, Recipe
 
 SIXTEEN = "16-bit"
 _OWN_LINEARS = frozenset({"falcon"})
@@ -23,9 +23,9 @@ def base_form(recipe: Recipe) -> str:
     return f"{recipe.model.quant_type}{'+dq' if recipe.model.double_quant else ''}"
 
 
-def kept_modules(recipe: Recipe) -> tuple[str, ...]:
-    """Return the modules that stay in 16 bit although the method rounds; none without rounding."""
-    return () if recipe.method == "lora" else recipe.model.skip_modules
+def precision_words(recipe: Recipe) -> str:
+    """Return what of a QLoRA base is held in other bits than the rest, as a recipe says it; empty where nothing is."""
+    return FIELDS["model.precision"].kind.written(recipe.model.precision) if recipe.method == "qlora" else ""
 
 
 def refusal(base: QuantisedBase | None, method: Method) -> str:

@@ -8,8 +8,10 @@ loop had functions of its own. What routed experts and mixers launch besides is 
 from typing import NamedTuple
 
 from studio.core.families import OWN_NORM, OWN_ROTARY
+from studio.core.layer_precision import SIXTEEN_BIT
 from studio.core.shape import ModelShape
 from studio.core.trainable import adapted
+from studio.core.vram.frozen import frozen_form, held_linears
 from studio.core.vram.setup import Setup
 
 
@@ -81,12 +83,19 @@ def launches_of(shape: ModelShape, setup: Setup, names: frozenset[str]) -> float
     """
     table = _OWN_LAUNCHED if setup.engine == "studio" else _STOCK_LAUNCHED
     linears = sum(count * linear.copies for count, linear in shape.all_linears() if linear.copies == 1)
+    rounded = _rounded(shape, setup) if setup.precision else linears * setup.quantised
     paired = sum(count for count, linear in adapted(shape, names) if linear.copies == 1)
     forward, backward = (
         shape.layers * table.rest[way]
         + paired * (table.adapted[way] + (table.dropout[way] if setup.dropout else 0))
         + (linears - paired) * _PLAIN[way]
-        + (linears * table.four_bit[way] if setup.quantised else 0)
+        + rounded * table.four_bit[way]
         for way in (0, 1)
     )
     return forward * (1 + setup.recomputed_of(shape.layers) / shape.layers) + backward
+
+
+def _rounded(shape: ModelShape, setup: Setup) -> int:
+    """Return how many linear maps are dequantised for their products, where not all are."""
+    held = held_linears(shape, frozen_form(setup.kind))
+    return sum(one.layers for one in held if one.precision != SIXTEEN_BIT and one.linear.copies == 1)

@@ -11,7 +11,8 @@ from typing import Any, Literal, get_args
 from studio.core.chat_options import PARTS, Several, TemplateVariables, Variables
 from studio.core.columns import Columns, Pairs
 from studio.core.experts import is_of_experts
-from studio.core.layer_count import LayerCount
+from studio.core.layer_count import LayerCount, Layers
+from studio.core.layer_precision import INT8, Precisions, Table
 from studio.core.named_templates import NAMED
 from studio.core.recipe_field import Field, Problem, declared, fields_in
 from studio.core.sources import Source, Sources
@@ -20,7 +21,6 @@ from studio.core.value_kinds import (
     ALL_LINEAR,
     ByModule,
     Choice,
-    Layers,
     Modules,
     Number,
     Switch,
@@ -99,11 +99,13 @@ class ModelSection:
         "Branch, tag or commit of a hub model; empty for its newest.",
         resume="by content",
     )
-    skip_modules: tuple[str, ...] = declared(
+    precision: Table = declared(
         (),
-        Modules(),
-        "Kept in 16 bit",
-        "Modules that QLoRA does not quantise, such as model.layers.0; `audit base` finds those worth it.",
+        Precisions(),
+        "Precision",
+        "Parts of QLoRA's base in other bits than 4: layers.0-3=16bit, down_proj=int8; the first name that fits "
+        "counts. `audit base` finds those worth it.",
+        four_bit=True,
     )
     stream: Stream = declared(
         "off",
@@ -756,6 +758,7 @@ def _between(recipe: Recipe) -> Iterator[Problem]:
     if train.compile and recipe.model.stream != "off":
         # Compiled layers hold on to the weights that they were compiled with, and streamed ones get others at each use.
         yield Problem("train.compile", "true with model.stream", "false, or model.stream off")
+    yield from _between_bits(recipe)
     if not recipe.data.answers_only:
         with_all = "with data.answers_only false, which learns every token"
         if recipe.data.learn != PARTS:
@@ -777,6 +780,19 @@ def _between(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("data.path", found, "one of the two: name this file in data.sources too, or leave it out")
     yield from _between_objective(recipe)
     yield from _between_adapter(recipe)
+
+
+def _between_bits(recipe: Recipe) -> Iterator[Problem]:
+    """Yield what does not go together with the precision of a QLoRA base, by layer."""
+    model = recipe.model
+    words = {word for _, word in model.precision} if recipe.method == "qlora" else set()
+    if "nf4" in words and model.quant_type != "nf4":
+        found = f"nf4 with model.quant_type {model.quant_type}"
+        yield Problem("model.precision", found, "model.quant_type nf4: a base has one 4-bit type")
+    if INT8 in words and model.stream != "off":
+        yield Problem("model.stream", f"{model.stream} with int8 in model.precision", "off: int8 is not streamed yet")
+    if INT8 in words and recipe.train.compile:
+        yield Problem("train.compile", "true with int8 in model.precision", "false: int8 is not compiled yet")
 
 
 def _between_objective(recipe: Recipe) -> Iterator[Problem]:

@@ -10,6 +10,8 @@ from studio.core.recipe_field import Problem
 from studio.core.text import plain
 from studio.core.value_kinds import found_value
 
+_GONE = {"model.skip_modules": 'model.precision, a table: precision = { "model.layers.0" = "16bit" }'}
+"""Keys of earlier versions, and what to write in their place."""
 _SECTIONS = tuple(dict.fromkeys(path.split(".")[0] for path in FIELDS if "." in path))
 _MOST_TOLD = 50
 _LONGEST_KEY = 100
@@ -91,7 +93,9 @@ def _kind_of(value: Any) -> str:
 
 def _unknown_key(path: str, *, told: bool = True) -> Problem:
     # Looking for a near one takes a millisecond, and a file that is no recipe may have a hundred thousand keys.
-    return Problem(plain(path, limit=_LONGEST_KEY), "an unknown key", _nearest(path) if told else "")
+    return Problem(
+        plain(path, limit=_LONGEST_KEY), "an unknown key", (_GONE.get(path) or _nearest(path)) if told else ""
+    )
 
 
 def _nearest(path: str) -> str:

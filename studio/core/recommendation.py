@@ -24,6 +24,7 @@ from studio.core.shape import ModelShape
 from studio.core.text import plain
 from studio.core.trainable import check_adapted
 from studio.core.vram.estimate import estimate_vram
+from studio.core.vram.frozen import check_precision
 from studio.core.vram.report import Verdict, VramEstimate
 from studio.core.vram.setup import setup_of
 
@@ -121,6 +122,7 @@ class _Ground:
     def estimate(self, recipe: Recipe) -> VramEstimate:
         setup = setup_of(recipe, self.gpu)
         check_adapted(self.shape, setup.adapted)
+        check_precision(self.shape, setup)
         return estimate_vram(self.shape, setup, self.gpu)
 
     def fits(self, recipe: Recipe) -> bool:

@@ -8,12 +8,13 @@ the layer is computed again. Adapter weights are trained, so they take a third p
 from dataclasses import dataclass
 
 from studio.core.kernels import launches_of, moved_of
+from studio.core.layer_precision import FOUR_BIT, INT8, SIXTEEN_BIT
 from studio.core.placement.streaming import BUFFERS
 from studio.core.shape import EXPERTS_DOWN, EXPERTS_UP, Experts, LayerGroup, ModelShape
 from studio.core.trainable import adapted, target_names, trainable_parameters, trained_tensors
+from studio.core.vram.frozen import frozen_form, held_linears, held_stacks, streamed_bytes
 from studio.core.vram.loop import runs_eager
 from studio.core.vram.setup import Setup
-from studio.core.vram.static import frozen_form, streamed_bytes
 
 _LOGIT_BYTES = {"full": 36, "chunked": 16, "liger": 8}
 """Bytes moved per logit: fp32 copy, softmax, its gradient and the copy back; a chunk stays in the cache in between."""
@@ -21,8 +22,8 @@ _LOGIT_BYTES = {"full": 36, "chunked": 16, "liger": 8}
 _SQUARE_BYTES = 10
 """Bytes moved per entry of an eager attention matrix in one pass: scale, mask, softmax in fp32, copy back."""
 
-_DEQUANTISED_BYTES = 2.5
-"""Bytes moved per 4-bit weight that is written out in 16 bit: half a byte read, two written."""
+_DEQUANTISED_BYTES = {FOUR_BIT: 2.5, INT8: 3.0, SIXTEEN_BIT: 0.0}
+"""Bytes moved per weight that is written out in 16 bit: half a byte or a whole one read, two written."""
 
 _DORA_BYTES = 14
 """Bytes moved per weight of a DoRA layer: the norm is taken of the whole updated matrix (peft dora.py)."""
@@ -47,7 +48,7 @@ class StepWork:
         single_attention: The same in fp32.
         weight_bytes: Bytes of weights read by the matrix products, however few tokens there are.
         moved_bytes: Bytes moved between the products.
-        dequantised_bytes: Bytes moved to bring 4-bit weights to 16 bit.
+        dequantised_bytes: Bytes moved to bring quantised weights to 16 bit.
         host_bytes: Bytes of checkpoints that go to main memory and back.
         copied_bytes: Bytes of streamed weights that come to the card in the forward pass, and again in the backward.
         forward_share: Share of the computation that is the forward pass.
@@ -104,8 +105,6 @@ def step_work(shape: ModelShape, setup: Setup) -> StepWork:
         if setup.residual_itemsize == 4:
             half, single, half_scores, single_scores = frozen, trained + head, 0.0, scores
     stored = sum(group.count * _stored(group, shape.hidden) for group in shape.groups)
-    plain = sum(count * linear.weights for count, linear in shape.all_linears())
-    quantised = (stored if setup.separate_experts or setup.packs_experts else plain) if setup.quantised else 0
     adapted_weights = sum(count * linear.weights for count, linear in adapted(shape, names))
     moved = tokens * (passes + 1) * _moved_per_token(shape, setup, names)
     moved += tokens * shape.vocabulary * _LOGIT_BYTES[setup.loss]
@@ -122,12 +121,39 @@ def step_work(shape: ModelShape, setup: Setup) -> StepWork:
         single_attention=single_scores,
         weight_bytes=float(setup.compute_itemsize) * (stored * passes + 2 * shape.embedding_parameters),
         moved_bytes=moved,
-        dequantised_bytes=_DEQUANTISED_BYTES * (quantised * passes - setup.keeps_dequantised * adapted_weights * again),
+        dequantised_bytes=_dequantised(shape, setup, names, stored, again),
         host_bytes=2.0 * offloaded * tokens * shape.hidden * setup.residual_itemsize,
         copied_bytes=_copied(shape, setup),
         forward_share=1 / passes,
         launches=launches_of(shape, setup, names),
     )
+
+
+def _dequantised(shape: ModelShape, setup: Setup, names: frozenset[str], stored: float, again: float) -> float:
+    """Return the bytes moved to bring quantised weights to 16 bit, in all passes.
+
+    Args:
+        shape: The model.
+        setup: How it is trained.
+        names: Its targets, whose weights may be kept from their second forward pass until their backward.
+        stored: The weights of all its layers.
+        again: Share of the layers that are computed again.
+    """
+    if not setup.quantised:
+        return 0.0
+    four = _DEQUANTISED_BYTES[FOUR_BIT]
+    if setup.precision:
+        form = frozen_form(setup.kind)
+        held = [
+            (one, one.layers * one.linear.weights * _DEQUANTISED_BYTES[one.precision])
+            for one in (*held_linears(shape, form), *held_stacks(shape, form))
+        ]
+        every, kept = sum(size for _, size in held), sum(size for one, size in held if one.linear.name in names)
+    else:
+        plain = sum(count * linear.weights for count, linear in shape.all_linears())
+        every = four * (stored if setup.separate_experts or setup.packs_experts else plain)
+        kept = four * sum(count * linear.weights for count, linear in adapted(shape, names))
+    return every * (2 + again) - setup.keeps_dequantised * kept * again
 
 
 def _copied(shape: ModelShape, setup: Setup) -> float:

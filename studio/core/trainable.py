@@ -26,7 +26,7 @@ _STACKS = {
     "experts.up_proj": (EXPERTS_UP,),  # where experts have no gate
     EXPERTS_DOWN: (EXPERTS_DOWN,),
 }
-_ROUTERS = frozenset(("gate", "router", "shared_expert_gate", "wg"))
+ROUTERS = frozenset(("gate", "router", "shared_expert_gate", "wg"))
 
 
 @lru_cache(maxsize=256)
@@ -59,7 +59,7 @@ def target_names(shape: ModelShape, targets: str | tuple[str, ...], *, as_peft: 
             chosen.update(_STACKS[name])
         elif last in dead:
             raise BadInput(f"adapter.targets names {last}: {dead[last]}. {_usable(known, shape)}")
-        elif shape.expert_parameters and last in _ROUTERS:
+        elif shape.expert_parameters and last in ROUTERS:
             raise BadInput(
                 f"adapter.targets names {last}, which chooses or weighs experts and is not adapted here: training on "
                 f"few rows may unbalance it. {_usable(known, shape)}"

@@ -11,8 +11,6 @@ from studio.core.text import plain
 
 ALL_LINEAR = "all-linear"
 
-MOST_LAYERS = 10_000
-"""A layer number above this is a slip of the finger; no decoder is a tenth as deep."""
 MOST_REPEATS = 4
 """A regular expression with more, or with a repeated group, can take hours on the path of one module."""
 _LONGEST_FOUND, _MOST_LISTED, _BARE = 100, 20, r"[A-Za-z0-9_-]+"
@@ -197,7 +195,7 @@ class Targets(ValueKind):
 
     def read(self, text: str) -> Any:
         """Read names with commas between; one name without a comma is a text."""
-        names = tuple(_unquoted(part) for part in _parts(text, "[]"))
+        names = tuple(_unquoted(part) for part in parts_between(text, "[]"))
         return names[0] if len(names) == 1 and "," not in text and not text.startswith("[") else names
 
 
@@ -218,68 +216,24 @@ class Modules(ValueKind):
     def wrong(self, value: Any) -> Iterator[tuple[str, str]]:
         """Yield a value that is no list, or a list in which something is no dotted name or stands twice."""
         if not isinstance(value, tuple):
-            yield _not_a_list(self, value)
+            yield not_a_list(self, value)
         elif not all(map(is_module, value)) or len(set(value)) < len(value):
             yield found_value(value), self.allowed
 
     def read(self, text: str) -> Any:
         """Read names with commas between."""
-        return tuple(_unquoted(part) for part in _parts(text, "[]"))
-
-
-class Layers(ValueKind):
-    """Numbers of decoder layers, ascending; all of them where it is empty."""
-
-    __slots__ = ()
-
-    @property
-    def allowed(self) -> str:
-        """The list."""
-        return f"a list of layer numbers from 0 to {MOST_LAYERS}, such as [0, 1, 12]; on one line: 0-7, 12"
-
-    def shaped(self, value: Any) -> Any:
-        """Return a list of numbers in their order, each once, as a tuple."""
-        if not isinstance(value, (list, tuple)):
-            return value
-        whole = all(isinstance(number, int) and not isinstance(number, bool) for number in value)
-        return tuple(sorted(set(value))) if whole else tuple(value)
-
-    def wrong(self, value: Any) -> Iterator[tuple[str, str]]:
-        """Yield a value that is no list, or a list in which something is no layer number."""
-        if not isinstance(value, tuple):
-            yield _not_a_list(self, value)
-        elif not all(type(number) is int and 0 <= number <= MOST_LAYERS for number in value):
-            yield found_value(value), self.allowed
-
-    def read(self, text: str) -> Any:
-        """Read numbers and ranges, such as `0-7, 12`."""
-        numbers: list[int] = []
-        for part in _parts(text, "[]"):
-            match = re.fullmatch(r"(\d{1,5})(?:\s*-\s*(\d{1,5}))?", part)
-            first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-            if not first <= last <= MOST_LAYERS:
-                return text
-            numbers += range(first, last + 1)
-        return self.shaped(numbers)
-
-    def written(self, value: Any) -> str:
-        """Write three layers and more in a row as a range."""
-        if any(self.wrong(value)):
-            return super().written(value)
-        ranges: list[list[int]] = []
-        for number in value:
-            if ranges and number == ranges[-1][-1] + 1:
-                ranges[-1].append(number)
-            else:
-                ranges.append([number])
-        return ", ".join(f"{row[0]}-{row[-1]}" if len(row) > 2 else ", ".join(map(str, row)) for row in ranges)
+        return tuple(_unquoted(part) for part in parts_between(text, "[]"))
 
 
 @dataclass(frozen=True, slots=True)
 class ByModule(ValueKind):
-    """Numbers by module name, in order. A name is the end of a module's path, or a regular expression for it (peft)."""
+    """Values by module name, in order. A name is the end of a module's path, or a regular expression for it (peft).
 
-    number: Number
+    Attributes:
+        of_one: Which values a module may have.
+    """
+
+    of_one: ValueKind
 
     @property
     def allowed(self) -> str:
@@ -298,30 +252,38 @@ class ByModule(ValueKind):
                 dotted = [(f"{name}.{key}" if name else key, below) for key, below in inner.items()]
                 open_tables += reversed(dotted)
             else:
-                pairs.append((name, self.number.shaped(inner)))
+                pairs.append((name, self.of_one.shaped(inner)))
         return tuple(pairs)
 
     def wrong(self, value: Any) -> Iterator[tuple[str, str]]:
         """Yield a value that is no table, or every pair in it without a usable name or a number within the limits."""
         if not isinstance(value, tuple):
-            yield _not_a_list(self, value)
+            yield not_a_list(self, value)
             return
-        for name, number in value:
-            if not _is_pattern(name):
-                rule = f"in a regular expression no repeated group and at most {MOST_REPEATS} repeats"
-                yield found_value(name), f"{self.allowed}; {rule}"
-            for found, allowed in self.number.wrong(number):
+        for name, one in value:
+            if not self.is_name(name):
+                yield found_value(name), f"{self.allowed}; {self.rule}"
+            for found, allowed in self.of_one.wrong(one):
                 yield plain(f"{name} = {found}", limit=_LONGEST_FOUND), allowed
 
+    def is_name(self, name: object) -> bool:
+        """Whether modules may be named so."""
+        return _is_pattern(name)
+
+    @property
+    def rule(self) -> str:
+        """What a name must be."""
+        return f"in a regular expression no repeated group and at most {MOST_REPEATS} repeats"
+
     def read(self, text: str) -> Any:
-        """Read `name=number` with commas between, such as `down_proj=32, q_proj=8`."""
-        parts = [part.rpartition("=") for part in _parts(text, "{}")]
-        table = {_unquoted(name): self.number.read(number.strip()) for name, _, number in parts}
-        typed = len(table) == len(parts) and not any(isinstance(number, str) for number in table.values())
-        return tuple(table.items()) if typed and "" not in table else text
+        """Read `name=value` with commas between, such as `down_proj=32, q_proj=8`."""
+        parts = [part.rpartition("=") for part in parts_between(text, "{}")]
+        table = {_unquoted(name): self.of_one.read(_unquoted(one)) for name, _, one in parts}
+        unread = isinstance(self.of_one, Number) and any(isinstance(one, str) for one in table.values())
+        return text if unread or len(table) < len(parts) or "" in table else tuple(table.items())
 
     def written(self, value: Any) -> str:
-        """Write `name=number` with commas between."""
+        """Write `name=value` with commas between."""
         return ", ".join(f"{n}={_brief(number)}" for n, number in value) if isinstance(value, tuple) else str(value)
 
     def stored(self, value: Any) -> Any:
@@ -357,7 +319,7 @@ def _is_pattern(name: object) -> bool:
     return _storable(name) and len(re.findall(r"[*+?{]", name)) <= MOST_REPEATS
 
 
-def _not_a_list(kind: ValueKind, value: Any) -> tuple[str, str]:
+def not_a_list(kind: ValueKind, value: Any) -> tuple[str, str]:
     """Return what was found where a list or table is wanted, and what is wanted.
 
     A text that would be right on the command line is shown as TOML spells it.
@@ -367,13 +329,16 @@ def _not_a_list(kind: ValueKind, value: Any) -> tuple[str, str]:
         return found_value(value), kind.allowed
     stored = kind.stored(meant)
     if isinstance(stored, dict):
-        pairs = (f"{key if re.fullmatch(_BARE, key) else repr(key)} = {_brief(n)}" for key, n in stored.items())
+        pairs = (
+            f"{key if re.fullmatch(_BARE, key) else repr(key)} = {repr(one) if isinstance(one, str) else _brief(one)}"
+            for key, one in stored.items()
+        )
         return f"the text {found_value(value)}", f"a table: {{ {', '.join(pairs)} }}"
     listed = ", ".join(f'"{item}"' if isinstance(item, str) else str(item) for item in stored)
     return f"the text {found_value(value)}", f"a list: [{listed}]"
 
 
-def _parts(text: str, brackets: str) -> list[str]:
+def parts_between(text: str, brackets: str) -> list[str]:
     """Return what stands between commas; a list or table may be typed as it is written in a file."""
     text = text.strip()
     inner = text[1:-1] if text[:1] == brackets[0] and text[-1:] == brackets[1] else text

@@ -96,7 +96,7 @@ def _with_adapter(folder: Path, recipe: Recipe | None, base: str, base_only: boo
         dtype=model.dtype,
         quant_type=model.quant_type,
         double_quant=model.double_quant,
-        skip_modules=model.skip_modules,
+        precision=model.precision,
         streamed=model.stream if isinstance(model.stream, int) else 0,
         attention=recipe.train.attention,
         device=device,

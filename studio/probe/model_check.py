@@ -20,8 +20,8 @@ from studio.core.shape import ModelShape
 from studio.core.text import plain
 from studio.core.trainable import HEAD, adapted, target_names
 from studio.core.value_kinds import ALL_LINEAR
+from studio.core.vram.frozen import base_bytes, frozen_form, held_of
 from studio.core.vram.setup import as_it_lies, setup_of
-from studio.core.vram.static import base_bytes, frozen_form, held_of
 from studio.probe.architecture import ClassFound, class_of
 from studio.probe.chat_template import FoundTemplate, find_template, template_traits
 from studio.probe.embedded_model import EmbeddedMissing, embedded_header, find_embedded

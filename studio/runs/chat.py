@@ -26,7 +26,7 @@ class ChatRequest:
         dtype: Type of the unquantised weights: `auto`, `bf16`, `fp16` or `fp32`.
         quant_type: QLoRA's 4-bit code.
         double_quant: Whether the scales are quantised too.
-        skip_modules: What stays in 16 bit, as in a recipe.
+        precision: Which parts of a base in 4 bits are held in others, as in a recipe.
         streamed: How many decoder layers wait in main memory.
         attention: Which attention implementation.
         device: As in a recipe.
@@ -46,7 +46,7 @@ class ChatRequest:
     dtype: str = "auto"
     quant_type: str = "nf4"
     double_quant: bool = True
-    skip_modules: tuple[str, ...] = ()
+    precision: tuple[tuple[str, str], ...] = ()
     streamed: int = 0
     attention: str = "sdpa"
     device: str = "auto"

@@ -15,6 +15,7 @@ from studio.core.recipe import Recipe
 from studio.core.shape import ModelShape
 from studio.core.trainable import check_adapted
 from studio.core.vram.estimate import estimate_vram
+from studio.core.vram.frozen import check_precision
 from studio.core.vram.report import Verdict, VramEstimate
 from studio.core.vram.setup import Setup, setup_of
 from studio.probe.plan import PlanDevice
@@ -134,6 +135,7 @@ class Forecaster:
 
     def _worked_out(self, setup: Setup) -> VramEstimate:
         check_adapted(self.shape, setup.adapted)
+        check_precision(self.shape, setup)
         estimate = estimate_vram(self.shape, setup, self.device.gpu)
         return self._correct(estimate, setup, self.device.gpu) if self._correct else estimate
 

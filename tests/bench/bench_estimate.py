@@ -18,6 +18,7 @@ from studio.core.stock.replay import replayed
 from studio.core.stock.setup import StockSetup, built
 from studio.core.vram.decoder_layer import layer_pass
 from studio.core.vram.estimate import estimate_vram
+from studio.core.vram.frozen import frozen_form
 from studio.core.vram.head import head_marks, head_pass
 from studio.core.vram.loop import own_loop
 from studio.core.vram.micro_batch import layer_marks, micro_batch
@@ -25,7 +26,6 @@ from studio.core.vram.report import VramEstimate
 from studio.core.vram.reserve import CONTEXT_BYTES, reserved_range, unused_in_segments
 from studio.core.vram.setup import Setup
 from studio.core.vram.stages import CUBLAS_WORKSPACE_BYTES
-from studio.core.vram.static import frozen_form
 from tests.core.loops import estimated
 from tests.core.published_rows import GIB, Compared, card, compared, from_flags, measured_bytes, shapes
 

@@ -134,7 +134,7 @@ ATTENTION_ONLY = {"targets": ("q_proj", "v_proj")}
 SELDOM: tuple[dict[str, Any], ...] = (
     {"method": "qlora", "seq_len": 4096, "offload_checkpoints": True},
     {"method": "lora", "seq_len": 2048, "offload_checkpoints": True, "loss": "full"},
-    {"method": "qlora", "seq_len": 1024, "skip_modules": "model.layers.0"},
+    {"method": "qlora", "seq_len": 1024, "precision": "model.layers.0=16bit"},
     {"method": "qlora", "seq_len": 1024, "quant_type": "fp4", "rank_pattern": "down_proj=64"},
     {"method": "lora", "seq_len": 1024, "layers": "0-1"},
     {"method": "lora", "seq_len": 1024, "targets": ("q_proj", "v_proj"), "rslora": True},
@@ -181,7 +181,7 @@ WITH_EXPERTS: tuple[tuple[str, dict[str, Any]], ...] = (
         "Mixtral-8x7B",
         {"method": "qlora", "seq_len": 512, "targets": ("q_proj", "experts"), "recompute": "none"},
     ),
-    ("Mixtral-8x7B", {"method": "qlora", "seq_len": 2048, "skip_modules": "experts.down_proj"}),
+    ("Mixtral-8x7B", {"method": "qlora", "seq_len": 2048, "precision": "experts.down_proj=16bit"}),
 )
 """Mixtures whose routed experts are adapted too, or held in two formats."""
 
@@ -222,7 +222,7 @@ FULL_DEPTH: tuple[tuple[str, dict[str, Any]], ...] = (
 STREAMED: tuple[tuple[str, int | None, dict[str, Any]], ...] = (
     ("Llama-3.2-1B", 4, {"method": "lora", "seq_len": 1024, "stream": 2, "recompute": "none"}),
     ("Mistral-7B-v0.1", 4, {"method": "qlora", "seq_len": 1024, "stream": 3, "modules_to_save": "embed_tokens"}),
-    ("gemma-2-9b", 4, {"method": "qlora", "seq_len": 1024, "stream": 3, "skip_modules": "model.layers.3"}),
+    ("gemma-2-9b", 4, {"method": "qlora", "seq_len": 1024, "stream": 3, "precision": "model.layers.3=16bit"}),
     ("Qwen3-30B-A3B", 3, {"method": "qlora", "seq_len": 1024, "stream": 3, "targets": ("q_proj", "experts")}),
     ("Llama-3.1-8B", None, {"method": "lora", "seq_len": 2048, "optimizer": "paged_adamw_8bit", "stream": 32}),
     ("Llama-2-13b-hf", None, {"method": "lora", "seq_len": 2048, "optimizer": "paged_adamw_8bit", "stream": 40}),
@@ -232,8 +232,35 @@ STREAMED: tuple[tuple[str, int | None, dict[str, Any]], ...] = (
 )
 """Streamed bases."""
 
+PRECISION: tuple[tuple[str, int | None, dict[str, Any]], ...] = (
+    ("Llama-3.2-1B", 4, {"method": "qlora", "seq_len": 2048, "precision": "layers.1=16bit, layers.3.mlp=int8"}),
+    ("Qwen2.5-1.5B", 4, {"method": "qlora", "seq_len": 1024, "recompute": "none", "precision": "*=int8"}),
+    ("gemma-2-2b", 4, {"method": "qlora", "seq_len": 1024, "micro_batch": 2, "precision": "mlp=16bit"}),
+    (
+        "Mistral-7B-v0.1",
+        3,
+        {"method": "qlora", "seq_len": 1024, "dropout": 0.05, "precision": "self_attn=16bit, *=int8"},
+    ),
+    (
+        "Qwen3-30B-A3B",
+        2,
+        {"method": "qlora", "seq_len": 1024, "precision": "layers.0.mlp.experts=16bit, self_attn=int8"},
+    ),
+    (
+        "Llama-3.1-8B",
+        None,
+        {"method": "qlora", "seq_len": 2048, "optimizer": "paged_adamw_8bit", "precision": "layers.0-7=16bit"},
+    ),
+    (
+        "Llama-3.1-8B",
+        None,
+        {"method": "qlora", "seq_len": 2048, "optimizer": "paged_adamw_8bit", "precision": "*=int8"},
+    ),
+)
+"""Bases held in several precisions."""
+
 _SECTIONS = {
-    "model": {"dtype", "double_quant", "quant_type", "skip_modules", "stream"},
+    "model": {"dtype", "double_quant", "quant_type", "precision", "stream"},
     "adapter": {"rank", "dropout", "targets", "layers", "rank_pattern", "rslora", "dora", "modules_to_save"},
     "train": {
         *("seq_len", "micro_batch", "accumulation", "optimizer", "recompute", "loss", "attention"),
@@ -256,7 +283,7 @@ def rows() -> Iterator[tuple[str, int | None, dict[str, Any]]]:
         yield model, SHALLOW[model], settings
     for model, settings in FULL_DEPTH:
         yield model, None, settings
-    yield from STREAMED
+    yield from (*STREAMED, *PRECISION)
 
 
 def config_of(model: str, layers: int | None) -> dict[str, Any]:

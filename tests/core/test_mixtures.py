@@ -14,8 +14,8 @@ from studio.core.measured import height
 from studio.core.recipe import Recipe
 from studio.core.shape_from_config import shape_from_config
 from studio.core.vram.estimate import estimate_vram
+from studio.core.vram.frozen import FrozenForm, quantised_parts
 from studio.core.vram.setup import setup_of
-from studio.core.vram.static import FrozenForm, quantised_parts
 from studio.jobs.measure.trace import Target, trace
 
 GIB = 2**30

@@ -146,8 +146,12 @@ def test_problems_between_fields() -> None:
         ({"adapter.layers": 3}, "adapter.layers", "a list of layer numbers"),
         ({"adapter.modules_to_save": ["lm head"]}, "adapter.modules_to_save", "a list of module names"),
         ({"adapter.modules_to_save": ["a", "a"]}, "adapter.modules_to_save", "a list of module names"),
-        ({"model.skip_modules": [1], "method": "qlora"}, "model.skip_modules", "a list of module names"),
-        ({"model.skip_modules": {"a": 1}}, "model.skip_modules", "a list of module names"),
+        ({"model.precision": ["a"], "method": "qlora"}, "model.precision", "a table from parts of the model"),
+        ({"model.precision": {"a": "8bit"}}, "model.precision", "nf4 or int8 or 16bit"),
+        ({"model.precision": {"a": 1}}, "model.precision", "nf4 or int8 or 16bit"),
+        ({"model.precision": {"a b": "nf4"}}, "model.precision", "dotted names"),
+        ({"model.precision": {"layers.3-1": "nf4"}}, "model.precision", "dotted names"),
+        ({"model.precision": {"layers.0-99999.mlp": "nf4"}}, "model.precision", "dotted names"),
     ],
 )
 def test_problems_of_the_adapter(changes: dict[str, object], path: str, words: str) -> None:
@@ -164,7 +168,7 @@ def test_problems_of_the_adapter(changes: dict[str, object], path: str, words: s
     [
         ("adapter.layers", "0-2, 12", "adapter.layers: found the text '0-2, 12'; wanted a list: [0, 1, 2, 12]"),
         ("adapter.layers", "", "adapter.layers: found the text ''; wanted a list: []"),
-        ("model.skip_modules", "model.layers.0", """wanted a list: ["model.layers.0"]"""),
+        ("model.precision", "layers.0-3=16bit", "wanted a table: { 'layers.0-3' = '16bit' }"),
         ("adapter.modules_to_save", "lm_head, embed_tokens", """wanted a list: ["lm_head", "embed_tokens"]"""),
         ("adapter.rank_pattern", "down_proj=32, layers.0.q=8", "wanted a table: { down_proj = 32, 'layers.0.q' = 8 }"),
         ("adapter.alpha_pattern", "v_proj=0.5", "wanted a table: { v_proj = 0.5 }"),
@@ -187,14 +191,14 @@ def test_lists_and_tables_are_read_from_toml_and_from_one_line() -> None:
             "adapter.rank_pattern= down_proj = 32, layers.0.q=8, q{1,2}_proj=4 ",
             'adapter.alpha_pattern={ v_proj = 0.5, "o_proj" = 64 }',
             "adapter.modules_to_save=lm_head, model.embed_tokens,",
-            'model.skip_modules=["model.layers.0"]',
+            'model.precision=layers.0-3=16bit, "model.layers.4.mlp" = int8',
         ],
     )
     assert recipe.adapter.layers == (0, 1, 2, 12)
     assert recipe.adapter.rank_pattern == (("down_proj", 32), ("layers.0.q", 8), ("q{1,2}_proj", 4))
     assert recipe.adapter.alpha_pattern == (("v_proj", 0.5), ("o_proj", 64.0))
     assert recipe.adapter.modules_to_save == ("lm_head", "model.embed_tokens")
-    assert recipe.model.skip_modules == ("model.layers.0",)
+    assert recipe.model.precision == (("layers.0-3", "16bit"), ("model.layers.4.mlp", "int8"))
     text = dump_recipe(recipe)
     assert "layers = [0, 1, 2, 12]\n" in text
     assert "alpha_pattern = {v_proj = 0.5, o_proj = 64.0}\n" in text
@@ -220,15 +224,17 @@ names = st.from_regex(r"[a-z_]{1,6}(\.[a-z0-9_]{1,6}){0,2}", fullmatch=True)
     ranks=st.dictionaries(names, st.integers(1, 1024)),
     alphas=st.dictionaries(names, st.floats(0.1, 4096)),
     modules=st.lists(names, unique=True),
+    bits=st.dictionaries(names, st.sampled_from(["nf4", "int8", "16bit"])),
 )
 def test_what_the_form_shows_on_one_line_is_read_back_as_it_was(
-    layers: list[int], ranks: dict[str, int], alphas: dict[str, float], modules: list[str]
+    layers: list[int], ranks: dict[str, int], alphas: dict[str, float], modules: list[str], bits: dict[str, str]
 ) -> None:
     values = {
         "adapter.layers": layers,
         "adapter.rank_pattern": ranks,
         "adapter.alpha_pattern": alphas,
-        "model.skip_modules": modules,
+        "adapter.modules_to_save": modules,
+        "model.precision": bits,
     }
     for path, value in values.items():
         recipe = Recipe().with_(path, value)

@@ -36,7 +36,7 @@ def test_the_grid_is_wide() -> None:
     assert len(families) >= 8
     for name, least in {"rank": 4, "seq_len": 6, "micro_batch": 4, "optimizer": 3, "method": 2}.items():
         assert len({row["settings"].get(name) for row in rows()}) >= least, name
-    seldom = ("dora", "modules_to_save", "offload_checkpoints", "skip_modules", "rank_pattern", "layers", "stream")
+    seldom = ("dora", "modules_to_save", "offload_checkpoints", "precision", "rank_pattern", "layers", "stream")
     often = ("loss", "recompute", "accumulation", "attention", "dropout", "dtype", "double_quant")
     for name in (*often, *seldom):
         assert any(name in row["settings"] for row in rows()), name

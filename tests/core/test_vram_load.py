@@ -44,7 +44,7 @@ def loaded(values: dict[str, Any], folder: Path) -> int:
             base,
             method="qlora",
             dtype=torch.bfloat16,
-            quant=FourBit("nf4", double_quant=True, skip=()),
+            quant=FourBit("nf4", double_quant=True),
             attention="sdpa",
             device=torch.device("cpu"),
         )

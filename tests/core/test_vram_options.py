@@ -7,6 +7,7 @@ import pytest
 
 from studio.core.errors import BadInput
 from studio.core.gpu_catalogue import find_gpu
+from studio.core.layer_precision import in_sixteen_bit
 from studio.core.shape_from_config import shape_from_config
 from studio.core.stock.setup import StockSetup, stock_setup
 from studio.core.vram.estimate import estimate_vram
@@ -103,7 +104,7 @@ def test_a_cpu_has_tensors_and_nothing_else():
 
 def test_modules_that_stay_in_sixteen_bits():
     def base(*names: str) -> int:
-        return estimated(LLAMA, Setup(skip_modules=names)).components.base
+        return estimated(LLAMA, Setup(precision=in_sixteen_bit(names))).components.base
 
     layer = sum(linear.weights for linear in LLAMA.groups[0].layer.linears)
     down = LLAMA.groups[0].layer.mlp[2].weights

@@ -7,11 +7,10 @@ from pathlib import Path
 from studio.core.errors import JobFailed
 from studio.core.events import Finished, Phase, Saved, Started
 from studio.runs.job import read_job
-from studio.runs.job_process import run_job
 from studio.runs.launched import start_next
 from studio.runs.layout import RunPaths
 from studio.runs.requests import MergeRequest
-from studio.runs.worker import Worker
+from studio.runs.worker import Worker, run_job
 
 
 def main(worker: Worker) -> None:

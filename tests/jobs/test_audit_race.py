@@ -40,6 +40,9 @@ def race(recipe: Recipe, **more: Any) -> AuditRequest:
     return AuditRequest("race", model=recipe.model.base, recipe=recipe, **more)
 
 
+KEPT = (("layers.0", "16bit"), ("up_proj", "int8"))
+
+
 def test_lanes_differ_in_the_method_alone(recipe: Recipe) -> None:
     lora, qlora = (lane_recipe(recipe, name) for name in ("lora", "qlora"))
     assert (lora.method, qlora.method) == ("lora", "qlora")
@@ -50,11 +53,11 @@ def test_lanes_differ_in_the_method_alone(recipe: Recipe) -> None:
     assert lane_recipe(pissa, "lora").adapter.init == lane_recipe(pissa, "qlora").adapter.init == "default"
     with pytest.raises(BadInput, match="it names nothing"):
         lane_recipe(recipe, "qlora+mixed")
-    keeping = recipe.with_("model.skip_modules", ("model.layers.0",))
-    assert lane_recipe(keeping, "qlora").model.skip_modules == ("model.layers.0",), "the recipe's own QLoRA"
+    keeping = recipe.with_("model.precision", KEPT)
+    assert lane_recipe(keeping, "qlora").model.precision == KEPT, "the recipe's own QLoRA"
     among = ("qlora", "qlora+mixed")
-    assert lane_recipe(keeping, "qlora", among).model.skip_modules == ()
-    assert lane_recipe(keeping, "qlora+mixed", among).model.skip_modules == ("model.layers.0",)
+    assert lane_recipe(keeping, "qlora", among).model.precision == ()
+    assert lane_recipe(keeping, "qlora+mixed", among).model.precision == KEPT
     with pytest.raises(BadInput, match="wanted lora or qlora"):
         lane_recipe(recipe, "sideways")
 
@@ -97,10 +100,10 @@ def test_two_lanes_one_page_and_the_next_recipe_knows(racing: Recipe, tmp_path: 
 def test_extra_lanes_start_from_loftq_and_keep_modules(racing: Recipe, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     runs.mkdir()
-    recipe = racing.with_("train.steps", 2).with_("model.skip_modules", ("model.layers.0",))
+    recipe = racing.with_("train.steps", 2).with_("model.precision", KEPT)
     paths, report = audit(runs / "race", race(recipe, lanes=("qlora", "qlora+loftq", "qlora+mixed")))
     assert report, history_of(paths).failed
-    assert [lane["form"] for lane in report["lanes"]] == ["nf4+dq", "nf4+dq", "nf4+dq, model.layers.0 in 16 bit"]
+    assert [lane["form"] for lane in report["lanes"]] == ["nf4+dq", "nf4+dq", "nf4+dq, layers.0=16bit, up_proj=int8"]
     for lane in report["lanes"]:
         # The engine saw the same bases and starts: its own held-out loss is the same number.
         assert lane["task"]["loss"]["value"] == pytest.approx(lane["held_out"][-1][1], rel=1e-4), lane["name"]

@@ -160,7 +160,7 @@ ROWS: dict[str, Row] = {
     "model.dtype": Row("bf16", "dtype"),
     "model.quant_type": Row("fp4", "losses", FOUR_BIT),
     "model.double_quant": Row(False, "losses", FOUR_BIT),
-    "model.skip_modules": Row(["model.layers.0"], "losses", FOUR_BIT),
+    "model.precision": Row({"layers.0": "16bit"}, "losses", FOUR_BIT),
     "model.stream": Row(2, "warnings"),
     "model.trust_remote_code": Row(True, "loaded"),
     "adapter.rank": Row(8, "tensors"),
@@ -374,7 +374,7 @@ PLANNED = {
     "train.loss": "full",
     "model.dtype": "fp32",
     "model.double_quant": False,
-    "model.skip_modules": ["model.layers.0"],
+    "model.precision": {"layers.0": "int8"},
     "model.stream": 2,
     "device.device": "cpu",
 }

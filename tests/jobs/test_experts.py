@@ -295,7 +295,9 @@ def test_loading_never_takes_more_than_the_model_and_one_stack(
 
 def test_modules_that_are_skipped_stay_in_sixteen_bits(tmp_path: Path) -> None:
     folder = folder_of(FAMILIES["mixtral"](), tmp_path / "base")
-    model = loaded(folder, FourBit(skip=("model.layers.0", "experts.down_proj")), dtype=torch.bfloat16)
+    model = loaded(
+        folder, FourBit(precision=(("model.layers.0", "16bit"), ("experts.down_proj", "16bit"))), dtype=torch.bfloat16
+    )
     first, second = (module for _, module, _ in experts_in(model))
     assert [first.gate_up_proj.dtype, first.down_proj.dtype] == [torch.bfloat16] * 2
     assert [second.gate_up_proj.dtype, second.down_proj.dtype] == [torch.uint8, torch.bfloat16]

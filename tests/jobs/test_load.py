@@ -208,15 +208,16 @@ def test_a_folder_needs_no_progress_and_no_network(tiny: Path) -> None:
     assert base_folder(find_base(str(tiny))) == tiny
 
 
-def test_modules_that_the_recipe_skips_stay_in_16_bit(tiny: Path) -> None:
-    whole, model = (load(tiny, "qlora", skip=skip) for skip in ((), ("model.layers.1", "layers.0.mlp.up_proj")))
+def test_modules_that_the_recipe_keeps_stay_in_16_bit(tiny: Path) -> None:
+    kept = (("model.layers.1", "16bit"), ("layers.0.mlp.up_proj", "16bit"))
+    whole, model = (load(tiny, "qlora", precision=precision) for precision in ((), kept))
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}
     assert kinds["model.layers.1.self_attn.q_proj"] == "Linear"
     assert kinds["model.layers.0.mlp.up_proj"] == "Linear"
     assert kinds["model.layers.0.mlp.down_proj"] == "Linear4bit"
     assert kinds["lm_head"] == "Linear"
     skipped = {f"{name}.weight" for name, kind in kinds.items() if kind == "Linear4bit"}
-    assert quantised_parameters(build_clean(tiny), ("model.layers.1", "layers.0.mlp.up_proj")) == skipped
+    assert quantised_parameters(build_clean(tiny), kept) == skipped
     assert four_bit_parameters(model) < four_bit_parameters(whole)
 
 

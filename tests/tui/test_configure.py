@@ -191,8 +191,8 @@ def test_texts_become_values(tmp_path: Path) -> None:
         assert screen.query_one("#adapter--layers", TextField).value == "0-7, 12", "as a recipe that is opened shows it"
         await write("adapter.rank_pattern", "down_proj=32, layers.0.self_attn.q_proj=8")
         assert screen.recipe.adapter.rank_pattern == (("down_proj", 32), ("layers.0.self_attn.q_proj", 8))
-        await write("model.skip_modules", "model.layers.0")
-        assert screen.recipe.model.skip_modules == ("model.layers.0",)
+        await write("model.precision", "layers.0-3=16bit, down_proj=int8")
+        assert screen.recipe.model.precision == (("layers.0-3", "16bit"), ("down_proj", "int8"))
         await write("adapter.layers", "7-0")
         assert "adapter.layers: found '7-0'" in shown(app)
         assert screen.query_one("#adapter--layers", TextField).value == "7-0", "what was typed stays to be mended"

@@ -16,6 +16,7 @@ from studio.core.stock.setup import (
     repeats_heads,
     version_of,
 )
+from studio.core.vram.frozen import frozen_form
 from studio.core.vram.head import LigerLoss, Loss
 from studio.core.vram.loop import (
     IDS_LABELS_MASK_BYTES,
@@ -25,7 +26,6 @@ from studio.core.vram.loop import (
     widest_linear,
 )
 from studio.core.vram.modules import Kernel, LayerTraits
-from studio.core.vram.static import frozen_form
 
 
 def stock_kernel(shape: ModelShape, setup: StockSetup, gpu: Gpu | None, *, seq_len: int = 0) -> Kernel:

@@ -22,11 +22,12 @@ from studio.core.stock.modules import TransformersLoss
 from studio.core.stock.setup import StockSetup, loads_in_threads
 from studio.core.trainable import trained_tensors, whole_tensors
 from studio.core.vram.decoder_layer import LayerPass, layer_pass
+from studio.core.vram.frozen import base_bytes, frozen_form, quantised_parts
 from studio.core.vram.head import Loss, head_pass
 from studio.core.vram.loop import Loop, at_size, mask_count, own_loop
 from studio.core.vram.modules import Kernel
 from studio.core.vram.setup import Setup
-from studio.core.vram.static import base_bytes, frozen_form, quantised_parts, resident_state
+from studio.core.vram.static import resident_state
 from studio.core.vram.tape import Events
 
 _STEPS = 2

@@ -8,6 +8,7 @@ from studio.core.gpu_catalogue import Gpu, emulated
 from studio.core.shape import EXPERTS_DOWN, EXPERTS_UP, ModelShape
 from studio.core.trainable import AS_PEFT, target_names
 from studio.core.value_kinds import ALL_LINEAR
+from studio.core.vram.frozen import held_of
 from studio.core.vram.loop import Loop, attention_kernel, own_loop, runs_plain, with_mixer_kernels
 from studio.core.vram.modules import Kernel
 from studio.core.vram.report import Components, Host, Range, VramEstimate
@@ -21,7 +22,7 @@ from studio.core.vram.reserve import (
 )
 from studio.core.vram.setup import Setup, as_it_lies
 from studio.core.vram.stages import CUBLAS_WORKSPACE_BYTES, HOPPER_CUBLAS_WORKSPACE_BYTES, Stages, stages_of
-from studio.core.vram.static import held_of, trained_bytes
+from studio.core.vram.static import trained_bytes
 
 _CERTAIN = 0.02
 """Relative doubt about allocated bytes: 25 rows measured on a T4 are within 1.2 %, 9 rows of an A100 within 1.7 %."""

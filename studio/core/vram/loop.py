@@ -8,12 +8,12 @@ from studio.core.gpu_catalogue import Gpu
 from studio.core.shape import EXPERTS_DOWN, EXPERTS_UP, ModelShape
 from studio.core.tiles import tile_tokens
 from studio.core.trainable import AS_PEFT, HEAD, target_names
+from studio.core.vram.frozen import BLOCK, FrozenForm, everywhere_plain, frozen_form, packs_stacks
 from studio.core.vram.gemma import around_streams
 from studio.core.vram.head import ChunkedLoss, LigerLoss, Loss, WholeLoss
 from studio.core.vram.modules import AdapterTraits, Kernel, LayerTraits
 from studio.core.vram.operators import Arithmetic
 from studio.core.vram.setup import Setup
-from studio.core.vram.static import BLOCK, FrozenForm, frozen_form
 
 IDS_LABELS_MASK_BYTES = 3 * 8
 """Bytes per token of ids, labels and mask: all int64."""
@@ -165,10 +165,11 @@ def layer_traits(shape: ModelShape, kind: Setup, kernel: Kernel) -> LayerTraits:
         repeats_heads=shape.repeats_heads,
         plain_attention=runs_plain(shape, kind, kernel),
         sinks=shape.sinks,
-        packed_experts=kind.packs_experts,
+        packed_experts=kind.packs_experts and packs_stacks(shape, frozen_form(kind)),
         joins_products=True,
         fused_norms=shape.family not in OWN_NORM,
         fused_rotary=shape.family not in OWN_ROTARY,
+        plain=everywhere_plain(shape, frozen_form(kind)),
     )
 
 

@@ -69,6 +69,7 @@ class LayerTraits:
         keeps_dequantised: Whether a checkpointed layer that is computed again keeps its dequantised weights until then.
         fused_norms: Whether one function makes an RMS norm.
         fused_rotary: Whether one function turns whole heads.
+        plain: Names of the linear layers that are not quantised though others are.
     """
 
     arithmetic: Arithmetic
@@ -90,6 +91,11 @@ class LayerTraits:
     keeps_dequantised: bool = False
     fused_norms: bool = False
     fused_rotary: bool = False
+    plain: frozenset[str] = frozenset()
+
+    def dequantises(self, layer: Linear) -> bool:
+        """Whether a layer's weight is brought to 16 bit for each of its products."""
+        return bool(self.quantised) and layer.name not in self.plain
 
     def modules(self, tape: Tape, shape: ModelShape, *, checkpointed: bool = False) -> "Modules":
         """Return the modules of one symbolic pass."""
@@ -168,10 +174,10 @@ class Modules:
                 visits,
                 self.gradients,
                 compute=self.traits.arithmetic.compute,
-                quantised=bool(self.traits.quantised),
+                quantised=self.traits.dequantises(layer),
                 keeps=self.traits.keeps_dequantised and self.checkpointed,
             )
-        elif self.traits.quantised:
+        elif self.traits.dequantises(layer):
             out = self._adapted_quantised(layer, x, visits)
         else:
             out = self._adapted(layer, x, visits)
@@ -199,7 +205,7 @@ class Modules:
         """Return the product with a frozen weight."""
         arithmetic = self.traits.arithmetic
         outputs = Polynomial(per_token=layer.outputs * visits)
-        if not self.traits.quantised:
+        if not self.traits.dequantises(layer):
             return op.frozen_linear(x, outputs, arithmetic.compute if arithmetic.autocast else None)
         # Linear4bit.forward: input to the compute type, result back to the input's; the weight is dequantised whole.
         weight = Polynomial(fixed=layer.inputs * layer.outputs * arithmetic.compute)
@@ -268,7 +274,8 @@ class Modules:
         the dropped input, and the weight is saved for its backward. No gradient flows through the norm (DoRA paper,
         section 4.3). For the magnitude's gradient the base result and the update are saved.
         """
-        tape, matrix, quantised = self.tape, Polynomial(fixed=layer.inputs * layer.outputs), self.traits.quantised
+        tape, matrix = self.tape, Polynomial(fixed=layer.inputs * layer.outputs)
+        quantised = self.traits.dequantises(layer)
         given, x = x, self._adapter_input(x)
         identity = Tensor(tape, Polynomial(fixed=layer.inputs * layer.inputs), 4)
         product = self._pair(layer, identity, Polynomial(per_rank=layer.inputs), matrix)

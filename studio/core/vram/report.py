@@ -5,9 +5,9 @@ from typing import Any, Literal, NamedTuple
 
 from studio.core.gpu_catalogue import Gpu
 from studio.core.shape import ModelShape
+from studio.core.vram.frozen import Held
 from studio.core.vram.modules import Kernel
 from studio.core.vram.setup import Setup
-from studio.core.vram.static import Held
 
 Verdict = Literal["fits", "tight", "does not fit"]
 

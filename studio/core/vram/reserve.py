@@ -8,9 +8,9 @@ import bisect
 from functools import lru_cache
 
 from studio.core.shape import ModelShape
+from studio.core.vram.frozen import FrozenForm, held_linears, parts_of, streamed_bytes
 from studio.core.vram.report import Range
 from studio.core.vram.stages import MIB, Stages
-from studio.core.vram.static import FrozenForm, quantised_parts, streamed_bytes
 
 _SMALL, _SEGMENT, _WHOLE, _ROUND = MIB, 20 * MIB, 10 * MIB, 2 * MIB
 """kSmallSize, kLargeBuffer, kMinLargeAlloc and kRoundLarge of PyTorch's caching allocator
@@ -74,10 +74,8 @@ def _weight_sizes(shape: ModelShape, form: FrozenForm) -> list[int]:
     embedding = shape.embedding_parameters * form.embedding_itemsize
     streamed = streamed_bytes(shape, form)
     sizes = [embedding] if shape.tied or streamed.layers else [embedding, embedding]
-    for group, elsewhere in zip(shape.groups, streamed.layers or (0,) * len(shape.groups), strict=True):
-        for linear in group.layer.linears:
-            parts = quantised_parts(linear, form) if form.quant_type else (linear.weights * form.itemsize,)
-            sizes += [*parts] * (group.count - elsewhere) * linear.copies
+    for held in held_linears(shape, form, streamed.layers):
+        sizes += [*parts_of(held, form)] * held.layers * held.linear.copies
     return sizes
 
 

@@ -6,6 +6,7 @@ from operator import attrgetter
 from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 from studio.core.gpu_catalogue import Gpu, sixteen_bit
+from studio.core.layer_precision import Table, in_sixteen_bit
 from studio.core.preferences import takes_pairs
 from studio.core.quantised_base import QuantisedBase
 from studio.core.recipe import FIELDS, Attention, Loss, Method, Objective, Optimizer, OrAuto, Recipe, Recompute, Stream
@@ -46,7 +47,7 @@ class Setup:
         compile: Whether layers are compiled; they then take long rows whole, not in tiles.
         offload_checkpoints: Whether the layers' inputs wait for the backward in host memory.
         modules_to_save: Modules trained whole, beside the adapter (peft's `modules_to_save`).
-        skip_modules: Modules that stay in 16 bit beside quantised ones, as transformers names them.
+        precision: Which linear maps of a quantised base are held in other bits than the others.
         quant_type: How quantised weights are held; int8 (LLM.int8) in other loops than ours.
         device: `cpu` counts the tensors of a run on a CPU: no workspaces, no context, no segments.
         dtype: Format of frozen weights and of matrix products: bf16, fp16 or fp32.
@@ -76,7 +77,7 @@ class Setup:
     compile: bool = False
     offload_checkpoints: bool = False
     modules_to_save: tuple[str, ...] = ()
-    skip_modules: tuple[str, ...] = ()
+    precision: Table = ()
     quant_type: Literal["nf4", "fp4", "int8"] = "nf4"
     device: Literal["cuda", "cpu"] = "cuda"
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
@@ -231,8 +232,8 @@ def as_it_lies(setup: _Either, base: QuantisedBase | None) -> _Either:
 
 @lru_cache(maxsize=256)
 def _as_it_lies(setup: Any, base: QuantisedBase) -> Any:
-    skipped = base.skipped or setup.skip_modules
-    return replace(setup, quant_type=base.quant_type, double_quant=base.double_quant, skip_modules=skipped)
+    kept = in_sixteen_bit(base.skipped)
+    return replace(setup, quant_type=base.quant_type, double_quant=base.double_quant, precision=kept)
 
 
 _OWN = {field.name for field in fields(Setup)} - {"dtype", "device"}

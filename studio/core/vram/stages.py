@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 from studio.core.shape import ModelShape
 from studio.core.trainable import AdaptedPart, whole_tensors
+from studio.core.vram.frozen import base_bytes, streamed_bytes
 from studio.core.vram.loop import Loop
 from studio.core.vram.micro_batch import Activations, activations_of
 from studio.core.vram.setup import Setup
-from studio.core.vram.static import base_bytes, optimizer_bytes, streamed_bytes, trained_bytes
+from studio.core.vram.static import optimizer_bytes, trained_bytes
 
 MIB = 2**20
 

@@ -79,7 +79,7 @@ class AnswerModels:
         skeleton = build_skeleton(self._folder, adapter)
         weights = FolderWeights.of(self._folder, skeleton.vocabulary)
         self._vocabulary = skeleton.vocabulary
-        self._forms = AdapterForms(weights, skeleton, self._quant, kept=self._quant.skip)
+        self._forms = AdapterForms(weights, skeleton, self._quant)
         self._whole = sum(parameter.numel() for parameter in weights.clean.parameters())
         self.device = job_device("auto")
         self._streamed = recipe.model.stream if isinstance(recipe.model.stream, int) else 0

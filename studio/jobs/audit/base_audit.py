@@ -9,6 +9,7 @@ from studio.core.audit import Plan, advise_base
 from studio.core.errors import BadInput
 from studio.core.events import Phase, Warned
 from studio.core.intervals import ratio_interval
+from studio.core.layer_precision import SIXTEEN_BIT, in_sixteen_bit, precision_at
 from studio.core.text import plain
 from studio.jobs.audit.blocks import parts_of
 from studio.jobs.audit.figures import Ground, Measured, check_cost, ground_of, measure, prove
@@ -17,7 +18,6 @@ from studio.jobs.audit.rows import read_audit_rows
 from studio.jobs.audit.variants import (
     folder_variants,
     held_bytes,
-    is_kept,
     rounded_linears,
     rounded_stacks,
     sixteen_bit_bytes,
@@ -132,7 +132,10 @@ def _mixed_plans(
     kept = [tuple(block.name for block in ranked[:size]) for size in sizes]
     (stored,) = folder_variants(weights, [UNROUNDED.name])
     mixed = [
-        replace(folder_variants(weights, [asked], kept=names)[0], name=f"{asked}, {len(names)} kept") for names in kept
+        replace(
+            folder_variants(weights, [asked], precision=in_sixteen_bit(names))[0], name=f"{asked}, {len(names)} kept"
+        )
+        for names in kept
     ]
     seen = measure(ground, [stored, *mixed], kept_as="plans", share=share)
     before = [sum(row) for row in found.task_rows[asked].kl]
@@ -168,7 +171,8 @@ def _inside(weights: FolderWeights, quantised: Mapping[str, int], form: str) -> 
 
 def _extra_bytes(weights: FolderWeights, quantised: Mapping[str, int], kept: Sequence[str], asked: str) -> int:
     """Return the bytes that some modules take in 16 bit beyond what they take in the form that was asked for."""
-    inside = sum(size for name, size in quantised.items() if is_kept(name, kept))
+    table = in_sixteen_bit(kept)
+    inside = sum(size for name, size in quantised.items() if precision_at(table, name) == SIXTEEN_BIT)
     return int(inside * (8.0 * sixteen_bit_bytes(weights) - FORMS[asked].bits) / 8)
 
 

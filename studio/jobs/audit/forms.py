@@ -23,6 +23,7 @@ from bitsandbytes.nn import Int8Params, Linear8bitLt
 from torch import Tensor, nn
 
 from studio.core.recipe import QuantType
+from studio.jobs.base.eight_bit import codes_and_scales, dequantised
 from studio.jobs.base.load import FourBit
 
 # bitsandbytes logs at every int8 product that fp32 inputs are cast; here that is intended.
@@ -123,7 +124,25 @@ class EightBits(nn.Module):
         return codes[first:stop].float() * (self.scales[first:stop].float().unsqueeze(1) / 127)
 
 
-Layer = Unrounded | FourBits | EightBits
+class EightBitWeights(nn.Module):
+    """A linear layer of a training's base with its weight in 8 bits: activations are not rounded."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.codes, self.scales = codes_and_scales(weight)
+        self.shape = weight.shape
+        self.bias = None if bias is None else _frozen(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `[..., out]` of `[..., in]`."""
+        return _linear(x, self.shape, self.rows, self.bias)
+
+    def rows(self, first: int, stop: int) -> Tensor:
+        """Return rows `[stop - first, in]` of the weight that is used, fp32."""
+        return dequantised(self.codes[first:stop], self.scales[first:stop], torch.float32)
+
+
+Layer = Unrounded | FourBits | EightBits | EightBitWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +175,8 @@ def four_bits(name: str, quant: FourBit) -> Form:
 
 
 UNROUNDED = Form("16-bit", Unrounded)
+EIGHT_BIT_WEIGHTS = Form("int8 weights", EightBitWeights, 8.0)
+"""What `model.precision` calls int8."""
 FORMS = {
     form.name: form
     for form in (

@@ -45,7 +45,7 @@ def lane_recipe(recipe: Recipe, name: str, among: Sequence[str] = ()) -> Recipe:
     Args:
         recipe: The recipe of the race.
         name: The lane's name, of `LANES`.
-        among: All lanes of the race. If the mixed one is among them, the others keep no module in 16 bit, so that what
+        among: All lanes of the race. If the mixed one is among them, the others have 4 bits everywhere, so that what
             it wins shows against them.
 
     Raises:
@@ -53,13 +53,13 @@ def lane_recipe(recipe: Recipe, name: str, among: Sequence[str] = ()) -> Recipe:
     """
     method, _, start = name.partition("+")
     turned = recipe.with_("method", method).with_("name", f"{recipe.name}-{name.replace('+', '-')}")
-    if name == MIXED and not recipe.model.skip_modules:
+    if name == MIXED and not recipe.model.precision:
         raise BadInput(
-            f"the lane {MIXED} keeps in 16 bit what model.skip_modules names, and it names nothing: take the worst "
+            f"the lane {MIXED} holds in other bits what model.precision names, and it names nothing: take the worst "
             "blocks that lora-studio audit base finds."
         )
     if MIXED in among and name != MIXED:
-        turned = turned.with_("model.skip_modules", ())
+        turned = turned.with_("model.precision", ())
     if start == "loftq":
         turned = turned.with_("adapter.init", start)
     elif recipe.adapter.init in ("pissa", "loftq"):

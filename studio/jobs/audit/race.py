@@ -8,7 +8,7 @@ from typing import Any
 
 from studio.core.audit import advise_race
 from studio.core.audit_tables import joined
-from studio.core.base_form import base_form, kept_modules
+from studio.core.base_form import base_form, precision_words
 from studio.core.errors import BadInput
 from studio.core.events import Phase, Warned
 from studio.core.intervals import Interval
@@ -143,7 +143,7 @@ def _variant(weights: FolderWeights, folder: Path, lane: Lane) -> Variant:
     skeleton = build_skeleton(folder, find_adapter(lane.paths.adapter))
     if skeleton.vocabulary is not None:
         raise BadInput(f"the lane {lane.name} brings an embedding of its own, which a race cannot compare yet.")
-    forms = AdapterForms(weights, skeleton, quant, kept=quant.skip)
+    forms = AdapterForms(weights, skeleton, quant)
     (trained, *_) = forms.all(trained_in_4_bits=lane.recipe.method == "qlora")
     variant = trained.variant
     own_key = f"{lane.name}:{variant.head.key}" if variant.head.key else ""
@@ -151,8 +151,7 @@ def _variant(weights: FolderWeights, folder: Path, lane: Lane) -> Variant:
 
 
 def _held_in(recipe: Recipe) -> str:
-    kept = kept_modules(recipe)
-    return f"{base_form(recipe)}, {', '.join(kept)} in 16 bit" if kept else base_form(recipe)
+    return ", ".join(filter(None, (base_form(recipe), precision_words(recipe))))
 
 
 def _thinned(steps: Sequence[int], losses: Sequence[float]) -> list[list[float]]:

@@ -110,7 +110,7 @@ def audit_forms(worker: Worker, request: AuditRequest) -> dict[str, Any]:
     ground = ground_of(worker, request, weights, parts_of(weights.clean), rows, *about)
     gguf = GgufForms(ground, gguf_files(trained, request.gguf))
     quant = four_bit_of(recipe.model)
-    forms = AdapterForms(weights, skeleton, quant, kept=quant.skip)
+    forms = AdapterForms(weights, skeleton, quant)
     named = [*forms.all(trained_in_4_bits=recipe.method == "qlora"), *_given(request.merged)]
     variants = [one.variant for one in named]
     cost = check_cost(ground, variants, alone=False)

@@ -13,7 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from studio.jobs.audit.forms import BLOCK, FORMS, UNROUNDED, Form, FourBits, form_of_quant
+from studio.core.layer_precision import INT8, Table, precision_at
+from studio.jobs.audit.forms import (
+    BLOCK,
+    EIGHT_BIT_WEIGHTS,
+    FORMS,
+    UNROUNDED,
+    EightBitWeights,
+    Form,
+    FourBits,
+    form_of_quant,
+)
 from studio.jobs.audit.scores import Head
 from studio.jobs.audit.walk import Variant
 from studio.jobs.base.device import job_device
@@ -27,38 +37,38 @@ _WEIGHT = ".weight"
 _BLOCK = re.compile(r".*?\.\d+\.")
 
 
-def folder_variants(weights: FolderWeights, names: Sequence[str], *, kept: Collection[str] = ()) -> list[Variant]:
+def folder_variants(weights: FolderWeights, names: Sequence[str], *, precision: Table = ()) -> list[Variant]:
     """Return the variants of a model folder, one per name of a form, in this order.
 
     Args:
         weights: The model.
         names: Names of `FORMS`; the first one is the reference.
-        kept: Modules whose linear layers stay as stored, such as `model.layers.0`.
+        precision: Which linear layers are held otherwise (`model.precision`); those in 16 bit stay as stored.
     """
     read = Remembered(weights.read)
-    rounded, stacks = rounded_linears(weights), rounded_stacks(weights, kept)
+    rounded, stacks = rounded_linears(weights, precision), rounded_stacks(weights, precision)
     made = []
     for name in names:
         quant = FORMS[name].quant
         held = stored_variant(weights, _through(read, quant, stacks, ()) if quant and stacks else read)
-        made.append(in_form(held, FORMS[name], rounded, kept=kept))
+        made.append(in_form(held, FORMS[name], rounded, precision=precision))
     return made
 
 
-def rounded_linears(weights: FolderWeights, kept: Collection[str] = ()) -> set[str]:
-    """Return the names of the linear layers that a 4-bit model holds in 4 bits.
+def rounded_linears(weights: FolderWeights, precision: Table = ()) -> set[str]:
+    """Return the names of the linear layers that a quantised model rounds.
 
     Args:
         weights: The model.
-        kept: Modules that stay in 16 bit.
+        precision: What is held in other bits than 4.
     """
-    names = quantised_parameters(weights.clean, kept) | turned_parameters(weights.clean, kept)
+    names = quantised_parameters(weights.clean, precision) | turned_parameters(weights.clean, precision)
     return {name.removesuffix(_WEIGHT) for name in names if name.endswith(_WEIGHT)}
 
 
-def rounded_stacks(weights: FolderWeights, kept: Collection[str] = ()) -> set[str]:
+def rounded_stacks(weights: FolderWeights, precision: Table = ()) -> set[str]:
     """Return the names of the stacks of experts that a 4-bit model holds in 4 bits; arguments as above."""
-    return {name for name in quantised_parameters(weights.clean, kept) if not name.endswith(_WEIGHT)}
+    return {name for name in quantised_parameters(weights.clean, precision) if not name.endswith(_WEIGHT)}
 
 
 def stored_variant(weights: FolderWeights, read: Read | None = None) -> Variant:
@@ -82,7 +92,7 @@ def stored_variant(weights: FolderWeights, read: Read | None = None) -> Variant:
 
 
 def in_form(
-    variant: Variant, form: Form, rounded: Collection[str], *, kept: Collection[str] = (), name: str = ""
+    variant: Variant, form: Form, rounded: Collection[str], *, precision: Table = (), name: str = ""
 ) -> Variant:
     """Return a variant whose linear layers are held in a form.
 
@@ -90,15 +100,10 @@ def in_form(
         variant: The variant to quantise.
         form: The form of its linear layers.
         rounded: Names of the linear layers that are quantised.
-        kept: Modules whose linear layers are left out.
+        precision: Which of them have their weights in 8 bits instead.
         name: The result's name; empty for the form's.
     """
-    return replace(variant, name=name or form.name, form_of=_choice(form, rounded, kept), by_row=form.by_row)
-
-
-def is_kept(name: str, kept: Collection[str]) -> bool:
-    """Return whether a module is one of those that stay in 16 bit, or lies inside one."""
-    return any(name == module or name.startswith(f"{module}.") for module in kept)
+    return replace(variant, name=name or form.name, form_of=_choice(form, rounded, precision), by_row=form.by_row)
 
 
 def sixteen_bit_bytes(weights: FolderWeights) -> int:
@@ -141,9 +146,9 @@ class Remembered:
         return self._held[name]
 
 
-def _choice(form: Form, rounded: Collection[str], kept: Collection[str]) -> Callable[[str], Form]:
-    chosen = frozenset(name for name in rounded if not is_kept(name, kept))
-    return lambda name: form if name in chosen else UNROUNDED
+def _choice(form: Form, rounded: Collection[str], precision: Table) -> Callable[[str], Form]:
+    eight = frozenset(name for name in rounded if precision and precision_at(precision, name) == INT8)
+    return lambda name: EIGHT_BIT_WEIGHTS if name in eight else form if name in rounded else UNROUNDED
 
 
 def _name_of(weights: FolderWeights, which: str) -> str:
@@ -179,23 +184,20 @@ class Named:
 class AdapterForms:
     """Makes the variants of one adapter."""
 
-    def __init__(
-        self, weights: FolderWeights, skeleton: Skeleton, quant: FourBit, *, kept: Collection[str] = ()
-    ) -> None:
+    def __init__(self, weights: FolderWeights, skeleton: Skeleton, quant: FourBit) -> None:
         """Find what the adapter changes.
 
         Args:
             weights: The base in 16 bit.
             skeleton: Base and adapter as structure.
-            quant: The 4-bit form of the training, or the recipe's.
-            kept: Modules whose linear layers stay in 16 bit in it.
+            quant: The 4-bit form of the training, or the recipe's, with what it holds in other bits.
         """
         self._weights, self._skeleton, self._quant = weights, skeleton, quant
         self.form = form_of_quant(quant)
-        self._rounded = rounded_linears(weights, kept)
+        self._rounded = rounded_linears(weights, quant.precision)
         self._units = {name: unit for unit in find_units(skeleton.adapted) for name in unit.parameters}
         self.stored: Read = Remembered(weights.read)
-        self._stacks = rounded_stacks(weights, kept)
+        self._stacks = rounded_stacks(weights, quant.precision)
         names = {*(f"{name}.weight" for name in self._rounded), *self._stacks}
         self.dequantized: Read = _through(self.stored, quant, names, turned_parameters(weights.clean))
 
@@ -285,13 +287,13 @@ class AdapterForms:
 
     def _in_form(self, name: str, read: Read, form: Form) -> Variant:
         through = _through(read, self._quant, self._stacks, ())
-        return in_form(self._variant(name, through), form, self._rounded, name=name)
+        return in_form(self._variant(name, through), form, self._rounded, precision=self._quant.precision, name=name)
 
     def _base(self, name: str, in_4_bits: bool) -> Variant:
         if not in_4_bits:
             return replace(stored_variant(self._weights, self.stored), name=name)
         held = stored_variant(self._weights, _through(self.stored, self._quant, self._stacks, ()))
-        return in_form(held, self.form, self._rounded, name=name)
+        return in_form(held, self.form, self._rounded, precision=self._quant.precision, name=name)
 
 
 def _copies(read: Read) -> Read:
@@ -305,7 +307,7 @@ def _copies(read: Read) -> Read:
 
 
 def _through(read: Read, quant: FourBit, names: Collection[str], turned: Collection[str]) -> Read:
-    """Return a reader of weights after quantising to 4 bits and dequantising, fp32; on the card if there is one."""
+    """Return a reader of weights after quantising and dequantising, fp32; on the card if there is one."""
     device = job_device("auto")
 
     def back(name: str) -> Tensor:
@@ -314,7 +316,9 @@ def _through(read: Read, quant: FourBit, names: Collection[str], turned: Collect
         weight = read(name).to(device)
         # A stack's blocks of scales are neighbours as they lie, whatever its rows.
         flat = weight.reshape(-1, BLOCK) if weight.dim() == 3 else weight
-        layer = FourBits(flat.t().contiguous() if name in turned else flat, None, quant)
+        matrix = flat.t().contiguous() if name in turned else flat
+        eight = quant.precision and precision_at(quant.precision, name.removesuffix(_WEIGHT)) == INT8
+        layer = EightBitWeights(matrix, None) if eight else FourBits(matrix, None, quant)
         back = layer.rows(0, layer.shape[0]).cpu()
         if weight.dim() == 3:
             return back.view_as(weight)

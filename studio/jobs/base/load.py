@@ -5,7 +5,7 @@ format. Nothing is cast up to fp32 afterwards; peft's `prepare_model_for_kbit_tr
 more on an 8B model.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -13,18 +13,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import Mxfp4Config
 
 from studio.core.direct_weights import kept_16bit, read_past
 from studio.core.errors import BadInput
-from studio.core.quantised_base import BITSANDBYTES, MXFP4
+from studio.core.layer_precision import (
+    INT8,
+    NO_INT8_EXPERTS,
+    SIXTEEN_BIT,
+    Table,
+    contradicted,
+    precision_at,
+    unmatched,
+)
+from studio.core.quantised_base import BITSANDBYTES, MXFP4, QuantisedBase
 from studio.core.recipe import Attention, Method, ModelSection, QuantType
 from studio.core.text import plain
 from studio.jobs.base.attention import attention_for, only_for_text
 from studio.jobs.base.embedded import ensure_embedded
-from studio.jobs.base.model_class import class_in, class_of, empty_model, odd_linears
+from studio.jobs.base.experts.forms import experts_in
+from studio.jobs.base.model_class import ModelClass, class_in, class_of, empty_model, odd_linears
 from studio.jobs.base.tokenizer import why_unloadable
 from studio.probe.hub_transfer import download
 from studio.probe.models import BaseFound, refuse_untrainable
@@ -43,18 +56,17 @@ class FourBit:
     Attributes:
         quant_type: The 4-bit code, nf4 or fp4.
         double_quant: Whether the scales are quantised too.
-        skip: Modules that stay in 16 bit, by name or by the end of it, such as `model.layers.0`; everything inside such
-            a module stays in 16 bit, too.
+        precision: Which linear layers are held in other bits (`model.precision`).
     """
 
     quant_type: QuantType = "nf4"
     double_quant: bool = True
-    skip: tuple[str, ...] = ()
+    precision: Table = ()
 
 
 def four_bit_of(section: ModelSection) -> FourBit:
     """Return the 4-bit form that a recipe asks for."""
-    return FourBit(section.quant_type, section.double_quant, section.skip_modules)
+    return FourBit(section.quant_type, section.double_quant, section.precision)
 
 
 def base_folder(base: BaseFound, progress: Progress | None = None) -> Path:
@@ -125,14 +137,7 @@ def load_base(
         # Any, because its type says nothing of the pair that it returns with output_loading_info.
         from_pretrained: Any = picked.text_kind().from_pretrained
         chosen = attention_for(picked, attention, device=device, dtype=dtype)
-        options: dict[str, Any] = {}
-        if base.quantization == MXFP4 and method == "lora":
-            options["quantization_config"] = Mxfp4Config(dequantize=True)
-        elif base.quantization == MXFP4:
-            _take_form_away(picked.config)
-        if method == "qlora" and not own:
-            kept = left_alone(empty_model(picked), quant.skip)
-            options["quantization_config"] = four_bit_config(quant, dtype, kept)
+        options = _quantisation(base, picked, method, quant, dtype)
         waiting = None
         if streamed and device.type == "cuda":
             waiting = waiting_in(empty := empty_model(picked), streamed)
@@ -172,6 +177,22 @@ def load_base(
     return model
 
 
+def _quantisation(
+    base: BaseFound, picked: ModelClass, method: Method, quant: FourBit, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Return what transformers is told of how the weights are to be held; nothing where they stay as they lie."""
+    own, mxfp4 = base.quantization == BITSANDBYTES, base.quantization == MXFP4
+    if method == "lora":
+        return {"quantization_config": Mxfp4Config(dequantize=True)} if mxfp4 else {}
+    if mxfp4:
+        _take_form_away(picked.config)
+    if own and not quant.precision:
+        return {}
+    structure = empty_model(picked)
+    check_names(structure, quant.precision, base.quantised if own else None)
+    return {} if own else {"quantization_config": four_bit_config(quant, dtype, structure)}
+
+
 def four_bit_parameters(model: torch.nn.Module) -> int:
     """Return how many numbers of the model's weights are held in 4 bits."""
     from bitsandbytes.nn import Params4bit  # noqa: PLC0415  only QLoRA needs it
@@ -179,27 +200,28 @@ def four_bit_parameters(model: torch.nn.Module) -> int:
     return sum(p.quant_state.shape.numel() for p in model.parameters() if isinstance(p, Params4bit) and p.quant_state)
 
 
-def four_bit_config(quant: FourBit, dtype: torch.dtype, left_alone: Sequence[str] | None = None) -> BitsAndBytesConfig:
-    """Return what transformers needs to quantise linear layers and fused experts to 4 bits.
+def four_bit_config(quant: FourBit, dtype: torch.dtype, model: PreTrainedModel) -> BitsAndBytesConfig:
+    """Return what transformers needs to quantise linear layers and fused experts to 4 bits, and some layers to 8.
 
     Args:
-        quant: The 4-bit form.
+        quant: The 4-bit form, and what is held in other bits.
         dtype: Of the arithmetic.
-        left_alone: Every module that is not quantised; None for transformers' own choice, such as the head.
+        model: Its structure.
     """
     # bitsandbytes is 47 MB, which a merge in 16 bit goes without.
     from studio.jobs.base.experts.loading import StacksConfig  # noqa: PLC0415
 
     return StacksConfig(
+        eight=in_eight_bits(model, quant.precision),
         load_in_4bit=True,
         bnb_4bit_quant_type=quant.quant_type,
         bnb_4bit_use_double_quant=quant.double_quant,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=None if left_alone is None else list(left_alone),
+        llm_int8_skip_modules=left_alone(model, quant.precision),
     )
 
 
-def left_alone(model: PreTrainedModel, skip: Collection[str]) -> list[str]:
+def left_alone(model: PreTrainedModel, precision: Table = ()) -> list[str]:
     """Return the modules that are not quantised: transformers' own choice, weights that are read as numbers, and more.
 
     Given such a list, transformers does not add its own choice, such as the head. Towers for images and sound are left
@@ -207,10 +229,62 @@ def left_alone(model: PreTrainedModel, skip: Collection[str]) -> list[str]:
 
     Args:
         model: Its structure.
-        skip: What the recipe leaves in 16 bit (`FourBit.skip`).
+        precision: What the recipe holds in other bits than 4.
     """
     read, towers = sorted(kept_16bit(family_of(model))), class_of(model).towers
-    return [*get_keys_to_not_convert(model), *read, *towers, *odd_linears(model), *skip]
+    always = [*get_keys_to_not_convert(model), *read, *towers, *odd_linears(model)]
+    wide = [name for name in weights_in(model) if precision_at(precision, name) == SIXTEEN_BIT] if precision else []
+    return [*always, *wide]
+
+
+def in_eight_bits(model: PreTrainedModel, precision: Table) -> list[str]:
+    """Return the linear layers that are held in 8 bits.
+
+    Args:
+        model: Its structure.
+        precision: What the recipe holds in other bits than 4.
+    """
+    if all(word != INT8 for _, word in precision):
+        return []
+    alone = left_alone(model, precision)
+    found = (name for name in weights_in(model) if precision_at(precision, name) == INT8)
+    return [name for name in found if should_convert_module(name, alone)]
+
+
+def weights_in(model: nn.Module) -> list[str]:
+    """Return the paths of a model's linear layers, and of its stacks of experts."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    return [*linears, *(f"{name}.{stack}" for name, _, form in experts_in(model) for stack in form.stacks)]
+
+
+def check_names(model: PreTrainedModel, precision: Table, laid: QuantisedBase | None = None) -> None:
+    """Refuse a precision that means nothing in a model, or that its weights cannot have.
+
+    Args:
+        model: Its structure.
+        precision: What the recipe holds in other bits than 4.
+        laid: How a prequantised base lies in its files, which is how it is held.
+
+    Raises:
+        BadInput: It is one of these; the message says which name, and what to write.
+    """
+    if not precision:
+        return
+    if laid is not None and (why := contradicted(precision, laid.skipped, weights_in(model))):
+        raise BadInput(why)
+    alone = left_alone(model)
+    rounded = [name for name in weights_in(model) if should_convert_module(name, alone)]
+    modules = [name for name, _ in model.named_modules()]
+    for name, word in precision:
+        if unmatched(((name, word),), [*modules, *rounded] if word == SIXTEEN_BIT else rounded):
+            raise BadInput(
+                f"model.precision names {plain(name, one_line=True, limit=80)!r}, and this model has no "
+                f"{'module' if word == SIXTEEN_BIT else 'linear layer that is rounded'} of that name: use parts of its "
+                f"modules' paths, such as {rounded[0] if rounded else 'layers.0'}"
+            )
+    stacks = (f"{name}.{stack}" for name, _, form in experts_in(model) for stack in form.stacks)
+    if held := next((name for name in stacks if precision_at(precision, name) == INT8), None):
+        raise BadInput(f"model.precision holds {held} in int8. {NO_INT8_EXPERTS}")
 
 
 def family_of(model: torch.nn.Module) -> str:
@@ -229,18 +303,18 @@ def _take_form_away(config: Any) -> None:
 def _ready_four_bit(model: torch.nn.Module, own: bool) -> None:
     """Prepare a quantised model for training; refuse one that was to be quantised here and was not."""
     if not own:
-        _require_four_bit(model)
+        _require_rounded(model)
     _keep_packing(model)
     _keep_modules_called(model)
 
 
-def _require_four_bit(model: torch.nn.Module) -> None:
-    """Refuse a model of which nothing is in 4 bits: QLoRA would be plain LoRA there, and nobody would be told.
+def _require_rounded(model: torch.nn.Module) -> None:
+    """Refuse a model of which nothing is in 4 or 8 bits: QLoRA would be plain LoRA there, and nobody would be told.
 
     Raises:
         BadInput: No layer was quantised.
     """
-    if not four_bit_parameters(model):
+    if not four_bit_parameters(model) and not any(hasattr(p, "SCB") for p in model.parameters()):
         why = "No layer of this model could be quantised to 4 bits: bitsandbytes converts torch.nn.Linear only"
         raise BadInput(f"{why}. Use method lora.")
 

@@ -196,10 +196,12 @@ def is_plain(module: nn.Module) -> bool:
     A subclass may return something else than the product; it is tried without numbers.
     """
     kind = type(module)
-    if kind in (nn.Linear, Conv1D) or (isinstance(module, nn.Linear) and kind.__module__.startswith("bitsandbytes.")):
+    if kind in (nn.Linear, Conv1D):
         return True
     if not isinstance(module, nn.Linear):
         return False
+    if any(each.__module__.startswith("bitsandbytes.") for each in kind.__mro__):
+        return True
     parameters = {name: parameter.to("meta") for name, parameter in module.named_parameters()}
     given = torch.empty(1, module.in_features, dtype=module.weight.dtype, device="meta")
     try:

@@ -256,7 +256,7 @@ def _check_memory(base: BaseFound, method: str, dtype: torch.dtype, device: torc
 
 def _quant(request: ChatRequest) -> FourBit:
     code: QuantType = "fp4" if request.quant_type == "fp4" else "nf4"
-    return FourBit(code, request.double_quant, request.skip_modules)
+    return FourBit(code, request.double_quant, tuple((name, word) for name, word in request.precision))
 
 
 def _dtype(request: ChatRequest, device: torch.device) -> torch.dtype:

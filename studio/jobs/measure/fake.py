@@ -182,6 +182,8 @@ def _as_many_as_tokens(rows: Tensor, count: int) -> Tensor:
 def _dequantised(module: nn.Module) -> Any:
     weight: Any = module.weight
     state = getattr(weight, "quant_state", None)
+    if hasattr(weight, "SCB"):
+        return bitsandbytes_functional.int8_vectorwise_dequant(weight.data, weight.SCB)
     return weight if state is None else bitsandbytes_functional.dequantize_4bit(weight.data, state)
 
 

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from studio.core.events import Finished, Phase, Started, Warned
+from studio.core.layer_precision import in_sixteen_bit
 from studio.core.quantised_base import QuantisedBase
 from studio.core.recipe import Recipe
 from studio.jobs.base.device import job_device
@@ -77,6 +78,6 @@ def _as_it_lies(recipe: Recipe, base: QuantisedBase | None) -> Recipe:
     """
     if base is None or not base.in_four_bits:
         return recipe
-    kept = base.skipped or recipe.model.skip_modules
-    held = replace(recipe.model, quant_type=base.quant_type, double_quant=base.double_quant, skip_modules=kept)
+    kept = in_sixteen_bit(base.skipped)
+    held = replace(recipe.model, quant_type=base.quant_type, double_quant=base.double_quant, precision=kept)
     return replace(recipe, model=held)

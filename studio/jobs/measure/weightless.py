@@ -24,10 +24,11 @@ from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.jobs.base.attention import attention_of, only_for_text
+from studio.jobs.base.eight_bit import codes_and_scales, eight_bit_layer
 from studio.jobs.base.experts.forms import experts_in, packable
 from studio.jobs.base.experts.product import take_over
 from studio.jobs.base.experts.stacks import four_bit_stack
-from studio.jobs.base.load import FourBit, four_bit_config, four_bit_of, left_alone
+from studio.jobs.base.load import FourBit, check_names, four_bit_config, four_bit_of, in_eight_bits, left_alone
 from studio.jobs.base.model_class import from_config, model_class
 from studio.jobs.base.streaming.base import waiting_in
 from studio.jobs.base.streaming.four_bit import tensors_of
@@ -116,9 +117,11 @@ def frozen_tensors(model: nn.Module) -> Iterator[Tensor]:
 def _with_states(parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
     for parameter in parameters:
         yield parameter
-        state = getattr(parameter, "quant_state", None)
+        state, scales = getattr(parameter, "quant_state", None), getattr(parameter, "SCB", None)
         if isinstance(state, QuantState):
             yield from tensors_of(state)
+        if isinstance(scales, Tensor):
+            yield scales
 
 
 def _quantise(model: PreTrainedModel, recipe: Recipe, dtype: torch.dtype, storages: Storages) -> None:
@@ -129,19 +132,26 @@ def _quantise(model: PreTrainedModel, recipe: Recipe, dtype: torch.dtype, storag
     """
     before = dict(model.named_modules())
     quant = four_bit_of(recipe.model)
-    kept = [*left_alone(model, quant.skip), *(getattr(model, "_keep_in_fp32_modules", None) or ())]
+    check_names(model, quant.precision)
+    kept = [*left_alone(model, quant.precision), *(getattr(model, "_keep_in_fp32_modules", None) or ())]
+    eight = in_eight_bits(model, quant.precision)
     with unset_fake_temporarily():
         # transformers makes bitsandbytes' layers on the meta device, with a parameter class that cannot wrap a fake
         # tensor.
-        replace_with_bnb_linear(model, modules_to_not_convert=kept, quantization_config=four_bit_config(quant, dtype))
+        config = four_bit_config(quant, dtype, model)
+        replace_with_bnb_linear(model, modules_to_not_convert=kept, quantization_config=config)
+        for name in eight:
+            model.set_submodule(name, eight_bit_layer(model.get_submodule(name), dtype))
     replaced = [(name, module) for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)]
-    if not replaced:
+    if not replaced and not eight:
         raise BadInput(
             "No layer of this model could be quantised to 4 bits: bitsandbytes converts torch.nn.Linear only. "
             "Use method lora."
         )
     for name, layer in replaced:
         _fill(layer, cast(nn.Linear, before.pop(name)), quant, storages)
+    for name in eight:
+        _fill_eight(model.get_submodule(name), cast(nn.Linear, before.pop(name)), storages)
     stacks = dict(packable(model, kept))
     if stacks:
         # While the last stack is read, everything else is there.
@@ -153,6 +163,7 @@ def _quantise(model: PreTrainedModel, recipe: Recipe, dtype: torch.dtype, storag
         if any(hasattr(getattr(module, stack), "quant_state") for stack in form.stacks):
             take_over(module, form)
     model.is_loaded_in_4bit = True  # type: ignore[assignment]
+    model.is_loaded_in_8bit = bool(eight)  # type: ignore[assignment]
 
 
 def _fill(layer: Any, linear: nn.Linear, quant: FourBit, storages: Storages) -> None:
@@ -167,6 +178,18 @@ def _fill(layer: Any, linear: nn.Linear, quant: FourBit, storages: Storages) -> 
     layer.bias = linear.bias
     layer.quant_state = state
     layer.support_avx512bf16_for_cpu = False
+
+
+def _fill_eight(layer: Any, linear: nn.Linear, storages: Storages) -> None:
+    """Give a layer in 8 bits the weights of the layer that it replaces."""
+    weight = linear.weight.data.T if layer.source_cls is Conv1D else linear.weight.data
+    with storages, storages.newborn("workspace"):
+        codes, scales = codes_and_scales(weight)
+        storages.passing(weight.nbytes)  # as for 4 bits
+        storages.claim([codes, scales], "base")
+    layer.weight = nn.Parameter(codes, requires_grad=False)  # `Int8Params` cannot wrap a fake tensor
+    layer.weight.SCB = scales
+    layer.bias = linear.bias
 
 
 def _fill_stack(model: nn.Module, name: str, shape: torch.Size, quant: FourBit, storages: Storages) -> None:

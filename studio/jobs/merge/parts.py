@@ -114,13 +114,13 @@ def change_of(request: MergeRequest, parts: Parts, skeleton: Skeleton) -> dict[s
     quant = four_bit_of(model) if model else FourBit()
     named = DTYPES.get(model.dtype) if model else None
     rounded = through_four_bits(quant, named or torch.bfloat16)
-    turned = turned_parameters(skeleton.clean, quant.skip)
+    turned = turned_parameters(skeleton.clean, quant.precision)
 
     # 4-bit loading transposes Conv1D weights, and blocks of 64 weights are then other ones.
     def change(name: str, weight: Tensor) -> Tensor:
         return rounded(name, weight.t()).t() if name in turned else rounded(name, weight)
 
-    return {"change": change, "changed": quantised_parameters(skeleton.clean, quant.skip) | turned}
+    return {"change": change, "changed": quantised_parameters(skeleton.clean, quant.precision) | turned}
 
 
 def plan_of(request: MergeRequest, parts: Parts) -> str:

@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from studio.core.vram.setup import PRODUCT_BY_KERNEL
+from studio.jobs.base.eight_bit import EightBitLinear, dequantised, held_in_eight_bits
 from studio.jobs.base.streaming.four_bit import tensors_of, with_tensors
 
 
@@ -54,19 +55,37 @@ class AdaptedLinear4bit(peft_bnb.Linear4bit):  # type: ignore[misc]
         return super().forward(x, *args, **kwargs) if dtype is None else _adapted(self, x, dtype, x.dtype)
 
 
+class AdaptedLinear8bit(peft_bnb.Linear8bitLt):  # type: ignore[misc]
+    """The same beside an 8-bit weight."""
+
+    keeps = False
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return the layer's output `[.., out]` for x `[.., in]`, in the format of x."""
+        dtype = _format_of_products(self, x) if not (args or kwargs) else None
+        return super().forward(x, *args, **kwargs) if dtype is None else _adapted(self, x, dtype, x.dtype)
+
+
+_OURS = {
+    peft_layer.Linear: AdaptedLinear,
+    peft_bnb.Linear4bit: AdaptedLinear4bit,
+    peft_bnb.Linear8bitLt: AdaptedLinear8bit,
+}
+
+
 def join_products(model: PeftModel) -> PeftModel:
     """Let a model's adapted linear layers compute both products in one function; return the same model."""
     for module in model.modules():
-        ours = {peft_layer.Linear: AdaptedLinear, peft_bnb.Linear4bit: AdaptedLinear4bit}.get(type(module))
-        if ours is not None and type(module.base_layer) in (nn.Linear, Linear4bit, Conv1D):
+        ours = _OURS.get(type(module))
+        if ours is not None and type(module.base_layer) in (nn.Linear, Linear4bit, EightBitLinear, Conv1D):
             # peft makes such a layer itself; its hooks for classes of others go by the class of the frozen layer.
             module.__class__ = ours
     return model
 
 
 def keep_dequantised(layer: nn.Module) -> int:
-    """Let the adapted 4-bit layers of a checkpointed module keep what they dequantise; return how many do."""
-    found = [module for module in layer.modules() if isinstance(module, AdaptedLinear4bit)]
+    """Let the adapted quantised layers of a checkpointed module keep what they dequantise; return how many do."""
+    found = [module for module in layer.modules() if isinstance(module, AdaptedLinear4bit | AdaptedLinear8bit)]
     for module in found:
         module.keeps = True
     return len(found)
@@ -108,7 +127,8 @@ class _Adapted(torch.autograd.Function):
         read = rows if dropped is None else dropped.reshape(rows.shape)
         wants_x, wants_dropped = ctx.needs_input_grad[:2]
         state = getattr(base.weight, "quant_state", None)
-        whole = matrix_of(state, held_tensors(base.weight)) if keeps and wants_x and _dequantises(state, rows) else None
+        keeps = keeps and wants_x and _dequantises(state, rows)
+        whole = matrix_of(state, held_tensors(base.weight), rows.dtype) if keeps else None
         with torch.autocast(x.device.type, enabled=False):
             made: Tensor = base(rows) if whole is None else _product(rows, whole, base.bias)
             first, second = _cast((into, back), x.dtype)
@@ -135,7 +155,7 @@ class _Adapted(torch.autograd.Function):
             if any(wants_factors):
                 of_into, of_back = _cast((of_narrow.t() @ read, of_made.t() @ narrow), torch.float32)
             if wants_x:
-                weight = matrix_of(ctx.form, held).to(of_made.dtype)
+                weight = matrix_of(ctx.form, held, of_made.dtype)
                 of_x = of_made @ (weight.t() if ctx.turned else weight)
                 del weight
             if wants_dropped:
@@ -149,8 +169,13 @@ def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return nn.functional.linear(rows, weight, None if bias is None else bias.to(rows.dtype))
 
 
-def _dequantises(state: QuantState, rows: Tensor) -> bool:
-    """Return whether bitsandbytes would dequantise a weight for its product with x, into the format that it came in."""
+def _dequantises(state: QuantState | None, rows: Tensor) -> bool:
+    """Return whether a weight is dequantised for its product with x, into the format that it came in.
+
+    In 8 bits, which have no state, each is; in 4 bits bitsandbytes has a kernel for a few rows.
+    """
+    if state is None:
+        return True
     return rows.shape[0] > PRODUCT_BY_KERNEL and state.dtype == rows.dtype and state.shape[1] == rows.shape[1]
 
 
@@ -164,17 +189,22 @@ def _cast(pair: tuple[Tensor, Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
 
 
 def held_tensors(weight: Any) -> tuple[Tensor, ...]:
-    """Return the tensors of a frozen weight: of one in 4 bits its packed form, its scales and its tables."""
+    """Return the tensors of a frozen weight: of a quantised one its packed form, its scales and its tables."""
     state = getattr(weight, "quant_state", None)
+    if hasattr(weight, "SCB"):
+        return held_in_eight_bits(weight)
     return (weight,) if state is None else (weight.data, *tensors_of(state))
 
 
-def matrix_of(form: QuantState | None, held: Sequence[Tensor]) -> Tensor:
-    """Return a frozen weight as a matrix, dequantised where it is in 4 bits.
+def matrix_of(form: QuantState | None, held: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return a frozen weight as a matrix, dequantised where it is in 4 or 8 bits.
 
     Args:
-        form: How it is quantised, its own tensors left out; None where it is not.
+        form: How it is quantised in 4 bits, its own tensors left out; None where it is not.
         held: The tensors that `held_tensors` returned.
+        dtype: The format of the result.
     """
     packed, *more = held
-    return packed if form is None else cast(Tensor, dequantize_4bit(packed, with_tensors(form, iter(more))))
+    if form is None:
+        return dequantised(packed, more[0], dtype) if more else packed.to(dtype)
+    return cast(Tensor, dequantize_4bit(packed, with_tensors(form, iter(more))).to(dtype))

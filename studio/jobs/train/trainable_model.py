@@ -27,7 +27,7 @@ from studio.core.events import Warned
 from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.core.value_kinds import ALL_LINEAR
-from studio.core.vram.static import Held
+from studio.core.vram.frozen import Held
 from studio.jobs.base.experts.forms import experts_in
 from studio.jobs.base.experts.pairs import routers
 from studio.jobs.base.load import base_folder, family_of, four_bit_of, load_base
@@ -110,8 +110,9 @@ def trainable_model(
         if note := left_out(family_of(frozen), names):
             tell("attaching the adapter", detail=note)
     held = precision_held(frozen)
-    if recipe.method == "qlora" and held.four_bit_share < _MOST_IN_FOUR_BITS:
-        said = f"{held.four_bit_share:.0%} of the weights in this model's layers are in 4 bits"
+    if recipe.method == "qlora" and held.four_bit_share + held.eight_bit_share < _MOST_IN_FOUR_BITS:
+        eight = f" and {held.eight_bit_share:.0%} in 8" if held.eight_bit_share else ""
+        said = f"{held.four_bit_share:.0%} of the weights in this model's layers are in 4 bits{eight}"
         kept = f"{held.kept_16bit_bytes / 2**30:.2f} GiB are not, embedding and head among them"
         worker.emit(Warned, topic="precision", message=f"{said}; {kept}")
     keeps = recipe.train.keep_dequantised is True
@@ -177,10 +178,12 @@ def precision_held(model: Any) -> Held:
     for name, module, form in experts_in(model):
         if picked.speaks(name):
             weights += [getattr(module, stack) for stack in form.stacks]
-    in_four_bits = [weight.quant_state.shape.numel() for weight in weights if hasattr(weight, "quant_state")]
-    others = [weight.numel() for weight in weights if not hasattr(weight, "quant_state")]
-    kept = sum(parameter.nbytes for parameter in model.parameters() if not hasattr(parameter, "quant_state"))
-    return Held(kept, sum(in_four_bits) / max(1, sum(in_four_bits) + sum(others)))
+    four = sum(weight.quant_state.shape.numel() for weight in weights if hasattr(weight, "quant_state"))
+    eight = sum(weight.numel() for weight in weights if hasattr(weight, "SCB"))
+    others = sum(weight.numel() for weight in weights if not (hasattr(weight, "quant_state") or hasattr(weight, "SCB")))
+    every = max(1, four + eight + others)
+    plain = (p for p in model.parameters() if not (hasattr(p, "quant_state") or hasattr(p, "SCB")))
+    return Held(sum(parameter.nbytes for parameter in plain), four / every, eight / every)
 
 
 def _offload(model: PeftModel, device: torch.device, worker: Worker) -> None:

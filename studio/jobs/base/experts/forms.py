@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from studio.core.vram.static import BLOCK
+from studio.core.vram.frozen import BLOCK
 
 _UP, _DOWN = ("gate_up_proj", "up_proj"), "down_proj"
 _OF_LLAMA4 = "Llama4TextExperts"

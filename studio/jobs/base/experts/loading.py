@@ -6,7 +6,7 @@ are run on one expert after another, and each result is quantised before the nex
 experts one by one or a whole stack.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
@@ -25,9 +25,11 @@ from transformers.core_model_loading import (
 )
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
+from studio.jobs.base.eight_bit import EightBitLinear, eight_bit_layer, in_eight_bits
 from studio.jobs.base.experts.forms import experts_in, packable
 from studio.jobs.base.experts.product import take_over
 from studio.jobs.base.experts.stacks import Packing, four_bit_stack
@@ -39,11 +41,12 @@ _NAME = "lora_studio_4bit"
 
 @register_quantization_config(_NAME)
 class StacksConfig(BitsAndBytesConfig):
-    """bitsandbytes' 4-bit form, for linear layers and stacks of experts alike."""
+    """bitsandbytes' 4-bit form, for linear layers and stacks of experts alike; some linear layers are in 8 bits."""
 
-    def __init__(self, **options: Any) -> None:
-        """Take the options of `BitsAndBytesConfig`."""
+    def __init__(self, eight: Collection[str] = (), **options: Any) -> None:
+        """Take the options of `BitsAndBytesConfig`, and the names of the layers that are in 8 bits."""
         super().__init__(**options)  # type: ignore[no-untyped-call]
+        self.eight = list(eight)
         self.quant_method = _NAME  # type: ignore[assignment]
 
 
@@ -74,10 +77,14 @@ class StacksQuantizer(Bnb4BitHfQuantizer):
     """transformers' quantizer for bitsandbytes, which takes stacks of experts as well."""
 
     plan: _Plan
+    quantization_config: StacksConfig
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any = None, **more: Any) -> None:
         super()._process_model_before_weight_loading(model, device_map, **more)
         config = self.quantization_config
+        for name in config.eight:
+            layer = eight_bit_layer(model.get_submodule(name), config.bnb_4bit_compute_dtype)
+            model.set_submodule(name, layer)
         shapes = dict(packable(model, self.modules_to_not_convert))
         self.plan = _Plan(shapes, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)
 
@@ -85,11 +92,14 @@ class StacksQuantizer(Bnb4BitHfQuantizer):
         for _, module, form in experts_in(model):
             if any(getattr(getattr(module, name), "quant_state", None) is not None for name in form.stacks):
                 take_over(module, form)
+        model.is_loaded_in_8bit = bool(self.quantization_config.eight)  # peft asks for it
         return super()._process_model_after_weight_loading(model, **more)
 
     def param_needs_quantization(self, model: Any, param_name: str, **more: Any) -> bool:
-        """Whether a parameter becomes 4 bits: a linear layer's, as transformers says, or a stack."""
-        return param_name in self.plan.shapes or super().param_needs_quantization(model, param_name, **more)
+        """Whether a parameter is quantised: a linear layer's, as transformers says, one in 8 bits, or a stack."""
+        path, _, name = param_name.rpartition(".")
+        eight = name == "weight" and isinstance(model.get_submodule(path), EightBitLinear)
+        return eight or param_name in self.plan.shapes or super().param_needs_quantization(model, param_name, **more)
 
     def get_quantize_ops(self) -> ConversionOps:
         """Return what quantises one parameter that is there whole."""
@@ -121,10 +131,14 @@ class _Quantise(ConversionOps):
         made: dict[str, Tensor] = {}
         for name in list(input_dict):
             value = input_dict.pop(name)
+            stack = value[0] if isinstance(value, list) else value
+            layer = more["model"].get_submodule(name.rpartition(".")[0])
+            if isinstance(layer, EightBitLinear):
+                made[name] = in_eight_bits(stack.T.contiguous() if layer.source_cls is Conv1D else stack)
+                continue
             if name not in self._plan.shapes:
                 made |= self._of_linear.convert({name: value}, **more)
                 continue
-            stack = value[0] if isinstance(value, list) else value
             packing = self._plan.packing(name)
             for expert in stack.split(1):
                 packing.add(expert)

@@ -17,7 +17,7 @@ from bitsandbytes.functional import (
 from bitsandbytes.nn import Params4bit
 from torch import Tensor
 
-from studio.core.vram.static import BLOCK, SCALE_BLOCK
+from studio.core.vram.frozen import BLOCK, SCALE_BLOCK
 
 
 class FourBitStack(Params4bit):  # type: ignore[misc]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from studio.core.placement.streaming import BUFFERS
-from studio.core.vram.static import ALIGNMENT
+from studio.core.vram.frozen import ALIGNMENT
 from studio.jobs.base.model_class import decoder_layers
 from studio.jobs.base.streaming.four_bit import parameter_of, plain, show_products, tensors_of, with_tensors
 from studio.jobs.base.streaming.ring import FreshCopies, Lender, Queues, Ring, Way
