@@ -14,7 +14,15 @@ _VERBS = {
     "resume": ("continue a paused, stopped, failed or crashed run", "runs_control", "resume_run"),
     "rm": ("delete runs with their checkpoints and adapters", "runs_control", "remove"),
     "note": ("write a few words on a run, or show them", "runs_control", "note"),
+    "queue": ("the runs that wait for a card: list, move, cancel, resume", "runs_queue", "queue"),
     "compare": ("what differs between runs, and what came of it", "runs_view", "compare"),
+}
+
+QUEUE_VERBS = {
+    "list": "the runs that wait, in order, and what each waits for",
+    "move": "give a waiting run another place",
+    "cancel": "take runs out of the queue; their folders stay",
+    "resume": "let runs wait again whose processes have ended, as after a reboot",
 }
 
 
@@ -26,6 +34,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         parser = verbs.add_parser(verb, help=help_text, description=help_text)
         if verb in ("rm", "compare"):
             add_run(parser, "+")
+        elif verb == "queue":
+            _add_queue(parser)
+            continue
         elif verb != "list":
             add_run(parser)
         if verb == "stop":
@@ -40,10 +51,23 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
                 action="store_true",
                 help="train from the first step again where every checkpoint is damaged or gone",
             )
+            parser.add_argument("--queue", action="store_true", help="wait in the queue until its card is free")
         if verb == "note":
             parser.add_argument("text", nargs="?", help='the words; "" takes the note away; none shows it')
         add_json(parser)
         add_runs_dir(parser)
+
+
+def _add_queue(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="queue_verb", metavar="VERB", required=True)
+    for verb, help_text in QUEUE_VERBS.items():
+        own = verbs.add_parser(verb, help=help_text, description=help_text)
+        if verb in ("move", "cancel"):
+            add_run(own, "+" if verb == "cancel" else None)
+        if verb == "move":
+            own.add_argument("to", metavar="PLACE", help="first, last, or a number from 1")
+        add_json(own)
+        add_runs_dir(own)
 
 
 def run(args: argparse.Namespace) -> int:

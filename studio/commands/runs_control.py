@@ -113,7 +113,7 @@ def resume_run(args: argparse.Namespace) -> int:
     check_space(paths.root)
     watch = RunWatch(paths)
     watch.catch_up()  # so that nothing from before the resume is told again
-    start_again(paths, module=args.modules.get(kind_of_run(paths)), from_start=args.from_start)
+    start_again(paths, module=args.modules.get(kind_of_run(paths)), from_start=args.from_start, queue=args.queue)
     if args.detach:
         _answer(args, paths, run_status(paths), f"goes on; follow it with: lora-studio runs attach {paths.name}")
         return DONE

@@ -41,12 +41,17 @@ def complain(text: str) -> None:
 
 
 def agreed(question: str) -> bool:
-    """Ask on stderr, so that the question does not get into a pipe; return whether the answer is yes."""
+    """Ask on stderr, and return whether the answer is yes."""
+    return asked(question) in ("y", "yes")
+
+
+def asked(question: str) -> str:
+    """Ask on stderr, so that the question does not get into a pipe; return the answer in small letters."""
     print(plain(question), end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline()
     if not line:  # the input has ended, so no enter has ended the line of the question
         say(to=sys.stderr)
-    return line.strip().lower() in ("y", "yes")
+    return line.strip().lower()
 
 
 def write_json(document: Any) -> None:

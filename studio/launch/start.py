@@ -10,6 +10,7 @@ from typing import Any
 from studio.core.errors import BadInput, StudioError
 from studio.core.text import plain
 from studio.launch.kinds import Checked, kind_for, kind_named
+from studio.launch.queued import join, places_for
 from studio.probe.data.opened import Progress
 from studio.probe.device import CPU_PLACE, Place
 from studio.probe.space import check_space
@@ -33,6 +34,7 @@ def start(
     now: Callable[[], float] = time.time,
     plan: Mapping[str, Any] | None = None,
     on_checked: Callable[[Checked[J]], None] = lambda checked: None,
+    queue: Callable[[Checked[J]], bool] = lambda checked: False,
     progress: Progress = lambda done, total: None,
     **launching: Any,
 ) -> RunPaths:
@@ -45,6 +47,7 @@ def start(
         now: Unix seconds.
         plan: The memory estimate, kept in the run; None takes the one that the check made.
         on_checked: Gets the checked job and its notes, before anything is written.
+        queue: Asked next: whether the run waits in the queue until a card is free, instead of starting at once.
         progress: Told (done, total) of data that are downloaded or read for the check; may raise to end it.
         launching: Further arguments of `studio.runs.supervise.launch`.
 
@@ -56,7 +59,14 @@ def start(
     kind = kind_for(job)
     checked = kind.check(job, progress)
     on_checked(checked)
+    queued = queue(checked)
     paths = prepare(checked.job, runs_root, now(), checked.plan if plan is None else plan)
+    if queued:
+        try:
+            join(paths, places_for(checked))
+        except (StudioError, OSError):
+            shutil.rmtree(paths.root, ignore_errors=True)
+            raise
     return _launch(paths, module or kind.module, checked.place, launching)
 
 
@@ -117,7 +127,7 @@ def start_next(paths: RunPaths, *, module: str | None = None, now: Callable[[], 
 
 
 def resume(
-    paths: RunPaths, *, module: str | None = None, from_start: bool = False, **launching: Any
+    paths: RunPaths, *, module: str | None = None, from_start: bool = False, queue: bool = False, **launching: Any
 ) -> supervise.Handle:
     """Start a worker in the folder of a run that was stopped, failed or crashed, on the card that it ran on.
 
@@ -125,6 +135,7 @@ def resume(
         paths: The run.
         module: The job's module; None takes that of its kind.
         from_start: Whether training may start over where no checkpoint is whole.
+        queue: Whether it waits until its card is free.
         launching: Further arguments of `studio.runs.supervise.launch`.
 
     Raises:
@@ -143,7 +154,10 @@ def resume(
     elif from_start:
         shown = plain(paths.name, one_line=True)
         raise BadInput(f"the run {shown} is of the kind {name}: only training starts over. Resume it as it is.")
-    return supervise.resume(paths, module=module or kind.module, from_start=from_start, **_placed(launching, place))
+    before = (lambda: join(paths, places_for(Checked(job, place)))) if queue else None
+    return supervise.resume(
+        paths, module=module or kind.module, from_start=from_start, before=before, **_placed(launching, place)
+    )
 
 
 def _launch(paths: RunPaths, module: str, place: Place, launching: Mapping[str, Any]) -> RunPaths:

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 from studio.runs.layout import RunPaths
 from studio.runs.process import read_mark, send_signal
 
-Request = Literal["stop", "pause", "checkpoint-now", "from-start"]
+Request = Literal["stop", "pause", "checkpoint-now", "from-start", "queued"]
 REQUESTS: tuple[Request, ...] = get_args(Request)
 
 

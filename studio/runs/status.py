@@ -20,6 +20,7 @@ class Status(StrEnum):
     """What a run is doing, or how it ended."""
 
     starting = "starting"
+    queued = "queued"
     running = "running"
     paused = "paused"
     stopping = "stopping"
@@ -31,7 +32,7 @@ class Status(StrEnum):
     @property
     def live(self) -> bool:
         """Whether a process works on the run, or is about to."""
-        return self in (Status.starting, Status.running, Status.paused, Status.stopping)
+        return self in (Status.starting, Status.queued, Status.running, Status.paused, Status.stopping)
 
 
 def run_status(paths: RunPaths, *, now: float | None = None, tail: LogEnd | None = None) -> Status:
@@ -46,15 +47,16 @@ def run_status(paths: RunPaths, *, now: float | None = None, tail: LogEnd | None
     # Before the log: on a resume it still ends with the earlier worker's last event until the new one has begun.
     if launched is not None and _nothing_since(launched, paths.events) and is_alive(launched[0]):
         return _unless_stopping(paths, Status.starting)
+    # Before the log too: of a resumed run that waits in the queue it ends with the earlier worker's last event.
+    if requested(paths, "queued") and _worked_on(paths, worker):
+        return _unless_stopping(paths, Status.queued)
     tail = tail or log_tail(paths.events)
     end = tail.last(Failed, Finished, Started)
     if isinstance(end, Finished):
         return Status.stopped if end.outcome == "stopped" else Status.finished
     if isinstance(end, Failed):
         return Status.failed
-    # A child process inherits the lock and may hold it after the worker was killed; no events come from it.
-    worker_dead = worker is not None and is_here(worker[0]) and not is_alive(worker[0])
-    if lock_held(paths.lock) and not worker_dead:
+    if _worked_on(paths, worker):
         return _live_status(paths, tail)
     never_launched = not tail.data and worker is None and launched is None
     moment = time.time() if now is None else now
@@ -62,6 +64,15 @@ def run_status(paths: RunPaths, *, now: float | None = None, tail: LogEnd | None
     # clock has caught up.
     just_made = abs(moment - _made_at(paths)) < _MOMENT_SECONDS
     return _unless_stopping(paths, Status.starting) if never_launched and just_made else Status.crashed
+
+
+def _worked_on(paths: RunPaths, worker: tuple[ProcessMark, dict[str, Any]] | None) -> bool:
+    """Whether a worker lives that holds the run.
+
+    A child process inherits the lock and may hold it after the worker was killed; no events come from it.
+    """
+    worker_dead = worker is not None and is_here(worker[0]) and not is_alive(worker[0])
+    return lock_held(paths.lock) and not worker_dead
 
 
 def _live_status(paths: RunPaths, tail: LogEnd) -> Status:

@@ -15,6 +15,7 @@ from studio.core.evidence import LEAST_TOKENS, gain_in_words
 from studio.core.intervals import Interval
 from studio.core.recipe import FIELDS, Recipe
 from studio.runs.atomic import read_object
+from studio.runs.control import requested
 from studio.runs.history import History
 from studio.runs.job import read_job
 from studio.runs.last_words import CRASHED, crash_of, printed_since_launch
@@ -235,6 +236,8 @@ def _failure(paths: RunPaths, history: History, status: Status) -> dict[str, Any
         said = "the last lines it printed are in output.log" if printed_since_launch(paths) else "it printed nothing"
         kind, message = known.kind if known else CRASHED, str(known) if known else f"{_UNSAID}; {said}"
         advice = known.advice if known else f"lora-studio runs resume {run}"
+        if requested(paths, "queued"):
+            advice = f"lora-studio runs queue resume, by which it keeps its place; or {advice}, which starts it at once"
         if scratch := left_by(paths):
             left = sum(map(folder_bytes, scratch.folders)) / 1e9
             advice += f"; or runs rm {run}, which deletes also what lies half-made beside its output ({left:.2f} GB)"

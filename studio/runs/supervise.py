@@ -158,13 +158,21 @@ def stop(
     return run_status(paths)
 
 
-def resume(paths: RunPaths, *, module: str, from_start: bool = False, **options: Any) -> Handle:
+def resume(
+    paths: RunPaths,
+    *,
+    module: str,
+    from_start: bool = False,
+    before: Callable[[], None] | None = None,
+    **options: Any,
+) -> Handle:
     """Start a worker in the folder of a run that was stopped, failed or crashed, whatever it finds there.
 
     Args:
         paths: The run.
         module: The job's module.
         from_start: Whether training may start over where no checkpoint is whole.
+        before: Called when earlier requests are withdrawn and before the process is started.
         options: As for `launch`.
 
     Raises:
@@ -175,6 +183,8 @@ def resume(paths: RunPaths, *, module: str, from_start: bool = False, **options:
     withdraw_all(paths)
     if from_start:
         request(paths, "from-start")
+    if before is not None:
+        before()
     return launch(paths, module, **options)
 
 

@@ -10,10 +10,8 @@ An exception in the body becomes a `Failed` event and exit code 1; its traceback
 """
 
 import faulthandler
-import io
 import os
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -308,44 +306,6 @@ class Worker:
             self.emit(Failed, **fields)
         except (OSError, StudioError) as error:
             _print_traceback(error)
-
-
-def run_job(run: Path, body: Callable[[Worker], None], *, explain: Explain = not_explained) -> int:
-    """Run a job's body as the worker of a run and return the exit code of its process; a busy run is refused with 1."""
-    worker = Worker(RunPaths(run.absolute()), explain=explain)
-    _forgive_full_output()
-    try:
-        with worker:
-            body(worker)
-    except (StudioError, OSError) as error:
-        _print_traceback(error)
-        return 1
-    return worker.exit_code
-
-
-class _ForgivingFile(io.FileIO):
-    """Standard output or error of a worker. What a full disk does not take is dropped: a print must not end a run."""
-
-    def write(self, data: Any) -> int:
-        """Write what the disk takes and report all of it as written: less would be an error to the caller."""
-        try:
-            return super().write(data) or 0
-        except OSError as error:
-            if not refuses(error):
-                raise
-            return memoryview(data).nbytes
-
-
-def _forgive_full_output() -> None:
-    """Let printing never fail for a full disk: both streams of a worker are a file on the run's disk.
-
-    Streams that something else has put in their place, such as a test, stay as they are.
-    """
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is not None and stream is getattr(sys, f"__{name}__"):
-            raw = _ForgivingFile(stream.fileno(), "w", closefd=False)
-            setattr(sys, name, io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", write_through=True))
 
 
 def _print_traceback(error: BaseException | None) -> None:

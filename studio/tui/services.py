@@ -39,15 +39,31 @@ _LONGEST_NAME = 60
 class Services:
     """The real services; a test gives its own in their place."""
 
-    def start(self, job: "Job", runs_root: Path, progress: "Progress | None" = None) -> RunPaths:
+    def at_work(self, recipe: Recipe) -> list[str]:
+        """Return the names of the runs that are at work on the card that a recipe would use; none for the CPU."""
+        from studio.launch.queued import at_work
+        from studio.probe.device import place_of
+
+        return [paths.name for paths in at_work(place_of(recipe.device.device))]
+
+    def start(
+        self, job: "Job", runs_root: Path, progress: "Progress | None" = None, *, queue: bool = False
+    ) -> RunPaths:
         """Check a job, make its run and launch its worker. The worker of a merge launches the exports that follow it.
+
+        Args:
+            job: What to do.
+            runs_root: Where runs live.
+            progress: Told how far the check of the data is.
+            queue: Whether the run waits until its card is free.
 
         Raises:
             StudioError: The job cannot be done as it is asked for, or its worker cannot be started.
         """
         from studio.launch.start import start
 
-        return start(job, runs_root, progress=progress or (lambda done, total: None))
+        told = progress or (lambda done, total: None)
+        return start(job, runs_root, progress=told, queue=lambda checked: queue)
 
     def resume(self, paths: RunPaths, *, from_start: bool = False) -> None:
         """Launch a new worker for a run that has ended early.

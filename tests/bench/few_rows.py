@@ -112,9 +112,9 @@ def measured(setting: Setting, folder: Path) -> dict[str, Any]:
     from studio.jobs.train.job import train_run
     from studio.runs.history import History
     from studio.runs.job import write_job
+    from studio.runs.job_process import run_job
     from studio.runs.layout import RunPaths
     from studio.runs.log import read_events
-    from studio.runs.worker import run_job
 
     rows = rows_of(setting.task)
     held_out, rest = rows[:HELD_OUT], rows[HELD_OUT:]

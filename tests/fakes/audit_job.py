@@ -9,8 +9,9 @@ from typing import Any
 from studio.core.errors import JobFailed
 from studio.core.events import Finished, Phase, Saved, Started
 from studio.runs.job import read_job
+from studio.runs.job_process import run_job
 from studio.runs.requests import AuditRequest
-from studio.runs.worker import Worker, run_job
+from studio.runs.worker import Worker
 
 
 def interval(value: float, spread: float) -> dict[str, float]:

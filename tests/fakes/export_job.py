@@ -8,10 +8,11 @@ from studio.core.errors import JobFailed
 from studio.core.events import Finished, Saved, Started
 from studio.core.export_formats import gguf_formats
 from studio.runs.job import read_job
+from studio.runs.job_process import run_job
 from studio.runs.launched import start_next
 from studio.runs.layout import RunPaths
 from studio.runs.requests import ExportRequest
-from studio.runs.worker import Worker, run_job
+from studio.runs.worker import Worker
 
 
 def main(worker: Worker) -> None:

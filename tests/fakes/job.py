@@ -20,7 +20,8 @@ from studio.probe.held_out import hold_out
 from studio.runs.atomic import publish_folder
 from studio.runs.held_out import keep_record
 from studio.runs.job import read_job
-from studio.runs.worker import Worker, run_job
+from studio.runs.job_process import run_job
+from studio.runs.worker import Worker
 
 
 def _number(name: str, otherwise: float) -> float:
@@ -143,4 +144,4 @@ def _hoard() -> None:
 if __name__ == "__main__":
     if group := os.environ.get("FAKE_GROUP"):
         Path(group).write_text(str(os.getpid()))
-    sys.exit(run_job(Path(sys.argv[1]), main))
+    sys.exit(run_job(Path(sys.argv[1]), main, card=os.environ.get("LORA_STUDIO_CARD", "")))

@@ -9,8 +9,9 @@ from studio.core.errors import JobFailed
 from studio.core.events import Finished, Started
 from studio.runs.atomic import write_whole
 from studio.runs.job import read_job
+from studio.runs.job_process import run_job
 from studio.runs.requests import MeasureRequest
-from studio.runs.worker import Worker, run_job
+from studio.runs.worker import Worker
 
 GIB = 2**30
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from studio.core.errors import JobFailed
 from studio.core.events import Finished, Phase, Saved, Started
 from studio.runs.job import read_job
+from studio.runs.job_process import run_job
 from studio.runs.launched import start_next
 from studio.runs.layout import RunPaths
 from studio.runs.requests import MergeRequest
-from studio.runs.worker import Worker, run_job
+from studio.runs.worker import Worker
 
 
 def main(worker: Worker) -> None:

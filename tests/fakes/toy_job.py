@@ -13,7 +13,8 @@ from studio.core.events import Finished, Phase, Started
 from studio.launch.kinds import Checked, JobKind
 from studio.probe.data.opened import Progress
 from studio.runs.job import read_job
-from studio.runs.worker import Worker, run_job
+from studio.runs.job_process import run_job
+from studio.runs.worker import Worker
 
 
 @dataclass(frozen=True, slots=True)

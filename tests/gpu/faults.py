@@ -30,7 +30,7 @@ from studio.jobs.train.__main__ import _body
 from studio.jobs.train.checkpoint import TrainState
 from studio.jobs.train.loop import LoopParts
 from studio.runs.control import request
-from studio.runs.worker import run_job
+from studio.runs.job_process import run_job
 
 STAGES = ("load", "forward", "loss", "backward", "optimizer", "eval", "save")
 OVERFLOWING_SCALE = 2.0**20

@@ -20,9 +20,10 @@ from studio.probe.models import find_base
 from studio.probe.plan import plan_for
 from studio.runs.history import History
 from studio.runs.job import write_job
+from studio.runs.job_process import run_job
 from studio.runs.layout import RunPaths
 from studio.runs.requests import MeasureRequest
-from studio.runs.worker import Worker, run_job
+from studio.runs.worker import Worker
 from tests.fakes.live_bytes import LiveBytes
 from tests.gpu.bench import GIB, MIB, Bench, Seen, Wrong, capability, mib, need_embedded, need_free, replaced, table
 from tests.gpu.faults import STAGES

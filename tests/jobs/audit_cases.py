@@ -19,9 +19,9 @@ from studio.jobs.base.data.rows import Example
 from studio.jobs.base.weights.folder_weights import FolderWeights
 from studio.probe.audit import read_report
 from studio.runs.job import write_job
+from studio.runs.job_process import run_job
 from studio.runs.layout import RunPaths
 from studio.runs.requests import AuditRequest
-from studio.runs.worker import run_job
 
 CPU = torch.device("cpu")
 Change = Callable[[str, Tensor], Tensor]

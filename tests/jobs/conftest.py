@@ -11,10 +11,11 @@ import torch
 from studio.core.recipe import Recipe
 from studio.runs.history import History
 from studio.runs.job import write_job
+from studio.runs.job_process import run_job
 from studio.runs.layout import RunPaths
 from studio.runs.log import read_events
 from studio.runs.requests import MergeRequest
-from studio.runs.worker import Worker, run_job
+from studio.runs.worker import Worker
 from tests.fakes.tiny_model import make_tiny_model
 
 Train = Callable[..., RunPaths]

@@ -24,7 +24,7 @@ import sys, time
 from pathlib import Path
 from studio.jobs.audit import kept as state
 from studio.jobs.audit.__main__ import _body
-from studio.runs.worker import run_job
+from studio.runs.job_process import run_job
 state._EVERY_SECONDS = 0.0
 keep = state.KeptWalk.keep
 def keep_and_hang(self, carried, *, now=False):

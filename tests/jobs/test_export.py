@@ -22,9 +22,9 @@ from studio.probe.safetensors_file import SafetensorsHeader
 from studio.runs.control import request
 from studio.runs.history import History
 from studio.runs.job import write_job
+from studio.runs.job_process import run_job
 from studio.runs.layout import RunPaths
 from studio.runs.requests import ExportRequest
-from studio.runs.worker import run_job
 from tests.fakes.families import make_family
 from tests.fakes.small_disk import small_disk
 from tests.fakes.tiny_model import CHAT_TEMPLATE, make_tiny_model

@@ -19,9 +19,9 @@ from studio.jobs.export.work import Work
 from studio.probe.export import check_export, check_exports, export_estimate
 from studio.runs.chain import beside
 from studio.runs.job import write_job
+from studio.runs.job_process import run_job
 from studio.runs.layout import RunPaths
 from studio.runs.requests import ExportRequest, MergeRequest
-from studio.runs.worker import run_job
 from studio.tui.merging import estimates_of
 from tests.fakes.tiny_model import make_tiny_model
 from tests.jobs.conftest import history_of

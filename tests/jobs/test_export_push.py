@@ -9,9 +9,9 @@ import pytest
 from studio.core.errors import JobFailed
 from studio.jobs.export import job
 from studio.runs.job import write_job
+from studio.runs.job_process import run_job
 from studio.runs.layout import RunPaths
 from studio.runs.requests import ExportRequest
-from studio.runs.worker import run_job
 from tests.fakes.push_hub import push_hub
 from tests.fakes.runs import CHECKOUT
 from tests.fakes.tiny_model import make_tiny_model

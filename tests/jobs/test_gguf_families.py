@@ -44,9 +44,9 @@ from studio.jobs.export.golden import CONVERSATIONS, golden_texts
 from studio.probe.data import Message
 from studio.probe.llama_tools import TOOLS_VARIABLE, is_whole, tools_folder
 from studio.runs.job import write_job
+from studio.runs.job_process import run_job
 from studio.runs.layout import RunPaths
 from studio.runs.requests import ExportRequest
-from studio.runs.worker import run_job
 from tests.fakes.go_template import HAS_GO, ollama_prompts
 from tests.fakes.tokenizers import CHATML, qwen_folder, sentencepiece_folder
 from tests.fakes.warm_llama import WarmLlamaTool

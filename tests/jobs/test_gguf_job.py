@@ -28,13 +28,13 @@ from studio.probe.llama_tools import TOOLS_VARIABLE
 from studio.runs.chain import beside
 from studio.runs.control import request
 from studio.runs.job import write_job
+from studio.runs.job_process import run_job
 from studio.runs.layout import RunPaths
 from studio.runs.requests import ExportRequest
 from studio.runs.scratch import export_scratch
 from studio.runs.status import run_status
 from studio.runs.store import left_over, remove_run
 from studio.runs.system_prompt import SystemPrompt, keep_system_prompt
-from studio.runs.worker import run_job
 from tests.fakes import fake_llama_tool
 from tests.fakes.runs import CHECKOUT
 from tests.fakes.tiny_model import make_tiny_model, tiny_tokenizer
@@ -332,7 +332,7 @@ import sys
 from pathlib import Path
 from studio.jobs.base.llama import tool_process
 from studio.jobs.export.__main__ import _body
-from studio.runs.worker import run_job
+from studio.runs.job_process import run_job
 tool_process._SCRIPT = Path(sys.argv[2])
 run_job(Path(sys.argv[1]), _body)
 """

@@ -21,10 +21,11 @@ from studio.jobs.measure.trace import Target, run_engine, trace
 from studio.probe.measure import read_measurement
 from studio.runs.control import request
 from studio.runs.job import write_job
+from studio.runs.job_process import run_job
 from studio.runs.layout import RunPaths
 from studio.runs.log import read_events
 from studio.runs.requests import MeasureRequest
-from studio.runs.worker import Worker, run_job
+from studio.runs.worker import Worker
 from tests.bench.trace_settings import TRACES, config_of
 from tests.bench.trace_settings import recipe_of as settings_recipe
 

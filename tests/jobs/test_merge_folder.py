@@ -20,9 +20,9 @@ from studio.jobs.merge import job, shards, write_steps
 from studio.jobs.merge.__main__ import _body
 from studio.runs.control import request
 from studio.runs.job import write_job
+from studio.runs.job_process import run_job
 from studio.runs.layout import RunPaths
 from studio.runs.requests import MergeRequest
-from studio.runs.worker import run_job
 from tests.fakes.runs import CHECKOUT
 from tests.fakes.small_disk import small_disk
 from tests.jobs.conftest import Merge, history_of
@@ -153,7 +153,7 @@ import os, signal, sys, time
 from pathlib import Path
 from studio.jobs.merge import job, write_steps
 from studio.jobs.merge.__main__ import _body
-from studio.runs.worker import run_job
+from studio.runs.job_process import run_job
 job.SHARD_BYTES = 50_000
 write = write_steps._write
 def dying(file, output, *more):

@@ -10,10 +10,11 @@ import torch
 from studio.core.events import Failed, Phase, RunEvent
 from studio.core.recipe import Recipe
 from studio.runs.job import write_job
+from studio.runs.job_process import run_job
 from studio.runs.layout import RunPaths
 from studio.runs.log import read_events
 from studio.runs.requests import AuditRequest, ExportRequest
-from studio.runs.worker import Worker, run_job
+from studio.runs.worker import Worker
 from tests.fakes.tiny_model import make_tiny_model
 from tests.jobs.adapter_cases import write_chats
 from tests.jobs.audit_cases import audit

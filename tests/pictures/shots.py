@@ -32,6 +32,7 @@ class Shot:
         setup: What the guided set-up was told on an earlier visit; None where the studio does not begin with it.
         live: Whether a training runs meanwhile.
         no_runs: Whether the list of runs is empty.
+        busy: The run that is at work on the card; empty for none.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Shot:
     setup: Answers | None = None
     live: bool = False
     no_runs: bool = False
+    busy: str = ""
 
 
 LARGE = "llama-3.1-8b-qlora-24gb"
@@ -100,6 +102,9 @@ SHOTS = (
         (("", "does not fit"),),
         LARGE,
         _OVER,
+    ),
+    Shot(
+        "busy", "AskTurn", "Launching on a card where a run is at work", (("r", "busy"),), LARGE, busy="docs-20261128"
     ),
     Shot(
         "configure-memory", "ConfigureScreen", "Where the memory of a recipe goes", (("", "GiB"), ("v", "GiB")), LARGE
@@ -163,6 +168,7 @@ def studio_for(shot: Shot, home: Home) -> StudioApp:
     services = Services()
     unkept: dict[str, Callable[..., object]] = {
         "recall_planned": lambda: CARD,
+        "at_work": lambda _: [shot.busy] if shot.busy else [],
         "recall_answers": lambda: _answers(shot.setup, home),
         **{name: lambda *_: None for name in ("keep_planned", "keep_answers", "keep_theme", "keep_recipe")},
     }

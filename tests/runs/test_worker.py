@@ -11,12 +11,13 @@ import pytest
 from studio.core.errors import BadInput, JobFailed
 from studio.core.events import Failed, Finished, Paused, Phase, RunEvent, Started, StepDone
 from studio.runs.control import request, requested
+from studio.runs.job_process import run_job
 from studio.runs.layout import RunPaths
 from studio.runs.lock import lock_held
 from studio.runs.log import EventWriter, read_events
 from studio.runs.process import is_alive, read_mark
 from studio.runs.status import Status, run_status
-from studio.runs.worker import RunBusy, Worker, run_job
+from studio.runs.worker import RunBusy, Worker
 from tests.fakes.runs import make_run, write_log
 
 

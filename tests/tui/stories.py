@@ -3,7 +3,7 @@
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -75,6 +75,7 @@ class Asked:
     """What the screens asked the services for."""
 
     started: list[Recipe] = field(default_factory=list)
+    queued: list[Recipe] = field(default_factory=list)
     resumed: list[RunPaths] = field(default_factory=list)
     started_over: list[RunPaths] = field(default_factory=list)
     ended: list[RunPaths] = field(default_factory=list)
@@ -110,11 +111,12 @@ def services_that(
     visited: float | None = None,
     spills: bool = False,
     free_ram_bytes: int | None = None,
+    at_work: Sequence[str] = (),
 ) -> Services:
     """Services that note what they are asked; they refuse with a message, or hand out a run."""
 
-    def start(recipe: Recipe, runs_root: Path, progress: object = None) -> RunPaths:
-        asked.started.append(recipe)
+    def start(recipe: Recipe, runs_root: Path, progress: object = None, *, queue: bool = False) -> RunPaths:
+        (asked.queued if queue else asked.started).append(recipe)
         if refuses or makes is None:
             raise BadInput(refuses)
         return makes()
@@ -130,6 +132,7 @@ def services_that(
             raise BadInput(refuses)
 
     return given(
+        at_work=lambda recipe: list(at_work),
         start=start,
         resume=resume,
         end_now=asked.ended.append,

@@ -20,7 +20,7 @@ from studio.tui.panels.data_note import DataNote
 from studio.tui.panels.fixes import FixList
 from studio.tui.screens.cards import CardScreen
 from studio.tui.screens.configure import ConfigureScreen
-from studio.tui.screens.dialogs import Confirm
+from studio.tui.screens.dialogs import AskTurn, Confirm
 from studio.tui.screens.run import RunScreen
 from studio.tui.services import Services
 from tests.tui.stories import (
@@ -220,6 +220,25 @@ def test_launching_what_does_not_fit_takes_a_second_yes(tmp_path: Path) -> None:
         assert asked.started == [LARGE]
 
     play(story, tmp_path, recipe=LARGE, services=services_that(asked, makes=lambda: make_run(tmp_path)))
+
+
+@pytest.mark.parametrize("key", ["w", "s", "c"])
+def test_who_launches_on_a_busy_card_may_wait_for_it(tmp_path: Path, key: str) -> None:
+    asked = Asked()
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await pilot.press("r")
+        await until(pilot, lambda: isinstance(app.screen, AskTurn))
+        assert "At work on it: other-1" in shown(app)
+        await pilot.press(key)
+        if key == "c":
+            await settle(pilot)
+        else:  # what waits will have the card for itself; what starts at once is too large for it
+            await until(pilot, lambda: isinstance(app.screen, RunScreen if key == "w" else Confirm))
+        assert (asked.queued, asked.started) == ([LARGE] if key == "w" else [], [])
+
+    services = services_that(asked, makes=lambda: make_run(tmp_path), at_work=["other-1"])
+    play(story, tmp_path, recipe=LARGE, services=services)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,17 @@
 """The audit job: `python -m studio.jobs.audit RUN_DIR`, started by `studio.runs.supervise`."""
 
 import ctypes
+import os
 import sys
 from pathlib import Path
 
 from studio.core.errors import BadInput
 from studio.jobs.base.failures import explain as _explain
+from studio.probe.device import CHOSEN
 from studio.runs.job import read_job
+from studio.runs.job_process import run_job
 from studio.runs.requests import AuditRequest
-from studio.runs.worker import Worker, run_job
+from studio.runs.worker import Worker
 
 _MMAP_THRESHOLD = -3
 """M_MMAP_THRESHOLD of glibc's malloc.h."""
@@ -41,4 +44,4 @@ if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m studio.jobs.audit RUN_DIR")
     return_large_blocks()
-    sys.exit(run_job(Path(sys.argv[1]), _body, explain=_explain))
+    sys.exit(run_job(Path(sys.argv[1]), _body, explain=_explain, card=os.environ.get(CHOSEN, "")))

@@ -6,10 +6,11 @@ from pathlib import Path
 from studio.core.errors import BadInput
 from studio.jobs.base.failures import explain as _explain
 from studio.runs.job import read_job
+from studio.runs.job_process import run_job
 from studio.runs.launched import start_next
 from studio.runs.layout import RunPaths
 from studio.runs.requests import ExportRequest
-from studio.runs.worker import Worker, run_job
+from studio.runs.worker import Worker
 
 
 def _body(worker: Worker) -> None:

@@ -1,13 +1,16 @@
 """The measuring job: `python -m studio.jobs.measure RUN_DIR`, started by `studio.runs.supervise`."""
 
+import os
 import sys
 from pathlib import Path
 
 from studio.core.errors import BadInput
 from studio.jobs.base.failures import explain as _explain
+from studio.probe.device import CHOSEN
 from studio.runs.job import read_job
+from studio.runs.job_process import run_job
 from studio.runs.requests import MeasureRequest
-from studio.runs.worker import Worker, run_job
+from studio.runs.worker import Worker
 
 
 def _body(worker: Worker) -> None:
@@ -22,4 +25,4 @@ def _body(worker: Worker) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m studio.jobs.measure RUN_DIR")
-    sys.exit(run_job(Path(sys.argv[1]), _body, explain=_explain))
+    sys.exit(run_job(Path(sys.argv[1]), _body, explain=_explain, card=os.environ.get(CHOSEN, "")))

@@ -9,10 +9,11 @@ from typing import Any
 from studio.core.errors import BadInput
 from studio.jobs.base.failures import explain as _explain
 from studio.runs.job import read_job
+from studio.runs.job_process import run_job
 from studio.runs.launched import start_next
 from studio.runs.layout import RunPaths
 from studio.runs.requests import MergeRequest
-from studio.runs.worker import Worker, run_job
+from studio.runs.worker import Worker
 
 
 @contextmanager

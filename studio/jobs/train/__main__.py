@@ -7,8 +7,10 @@ from pathlib import Path
 from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
 from studio.jobs.base.failures import explain as _explain
+from studio.probe.device import CHOSEN
 from studio.runs.job import read_job
-from studio.runs.worker import Worker, run_job
+from studio.runs.job_process import run_job
+from studio.runs.worker import Worker
 
 _KERNELS_KEPT = "128"
 """How many prepared matrix products oneDNN keeps on a CPU: enough for the last few shapes of a batch.
@@ -37,4 +39,4 @@ def _body(worker: Worker) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m studio.jobs.train RUN_DIR")
-    sys.exit(run_job(Path(sys.argv[1]), _body, explain=_explain))
+    sys.exit(run_job(Path(sys.argv[1]), _body, explain=_explain, card=os.environ.get(CHOSEN, "")))

@@ -24,8 +24,10 @@ _COLOURS = {
     Status.paused: "$text-warning",
     Status.stopping: "$text-warning",
     Status.stopped: "$text-warning",
+    Status.queued: "$text-warning",
 }
 _ROOM_FOR_ONE_ROW = 98
+_WAITING = (Status.starting, Status.queued)
 _QUIET_PHASES = ("training",)
 """Phases that are named only while they tell how far they are."""
 
@@ -110,6 +112,8 @@ def _phase(history: History, status: Status) -> str:
     if status is Status.starting:  # the log still holds the phase of the last worker
         return "waiting for the process"
     phase = history.phase
+    if phase is not None and status is Status.queued:
+        return plain(phase.detail, one_line=True, limit=120)
     if phase is None or (phase.name in _QUIET_PHASES and phase.fraction is None):
         return ""
     share = "" if phase.fraction is None or not math.isfinite(phase.fraction) else f" {phase.fraction:.0%}"
@@ -121,7 +125,7 @@ def _figures(history: History, status: Status) -> dict[str, str]:
     train, total = history.train, history.total_steps
     return {
         "step": f"{history.last_step}/{total}" if total else str(history.last_step),
-        "eta": duration(history.eta_seconds) if status.live and status is not Status.starting else UNKNOWN,
+        "eta": duration(history.eta_seconds) if status.live and status not in _WAITING else UNKNOWN,
         "speed": count(history.tokens_per_second),
         "loss": number(train.losses[-1]) if train.losses else UNKNOWN,
         "held_out": number(history.evals[-1].loss) if history.evals else UNKNOWN,

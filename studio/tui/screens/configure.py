@@ -7,7 +7,6 @@ from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container
-from textual.content import Content
 from textual.screen import Screen
 from textual.timer import Timer
 from textual.worker import get_current_worker
@@ -25,7 +24,7 @@ from studio.tui.panels.forecast import Forecast
 from studio.tui.panels.recipe_form import RecipeForm
 from studio.tui.panels.top_bar import TopBar
 from studio.tui.screens.cards import CardScreen
-from studio.tui.screens.dialogs import Confirm
+from studio.tui.screens.dialogs import AskTurn, Confirm
 from studio.tui.screens.recipe_dialogs import ask_to_open, ask_to_save
 from studio.tui.services import Services
 from studio.tui.told import Abandoned, ReadingTold
@@ -191,15 +190,16 @@ class ConfigureScreen(Screen[None]):
         self._show_problems()
         self.post_message(OpenRun(paths))
 
-    def _ask_over_budget(self, recipe: Recipe, question: Content) -> None:
-        """Ask whether to launch all the same what does not fit this machine's card."""
+    def _ask_first(self, recipe: Recipe, dialog: Confirm | AskTurn) -> None:
+        """Ask whether to launch what does not fit all the same, or whether to wait for a card that is busy."""
         self._busy_with("")
 
         def decide(answer: bool | None) -> None:
-            if answer and recipe is self.recipe:  # a yes to this recipe is none to another
-                self._begin_launch(sure=True)
+            if answer is not None and recipe is self.recipe:  # a yes to this recipe is none to another
+                # What waits has the card for itself: what is free of it now says nothing.
+                self._begin_launch(sure=answer, queue=answer and isinstance(dialog, AskTurn))
 
-        self.app.push_screen(Confirm(question, "launch it"), decide)
+        self.app.push_screen(dialog, decide)
 
     def _name_keys(self, _: object) -> None:
         """Let the texts name keys only while these are keys, and no letters that go into a field."""
@@ -221,11 +221,7 @@ class ConfigureScreen(Screen[None]):
 
     def action_launch(self) -> None:
         """Check everything and start the run; with problems, list them and start nothing."""
-        self._form.after_turns(self._launch_checked)
-
-    def _launch_checked(self) -> None:
-        if not self._launching and not self._show_problems():
-            self._begin_launch(sure=False)
+        self._form.after_turns(self._begin_launch)
 
     def action_turn_method(self) -> None:
         """Switch between LoRA and QLoRA."""
@@ -365,22 +361,26 @@ class ConfigureScreen(Screen[None]):
         """Keep what was turned in the last moment."""
         self._keeper.at_once()
 
-    def _begin_launch(self, *, sure: bool) -> None:
-        self._busy_with(_CHECKING)
-        self._launch(self.recipe, sure, self.forecast.planned)
+    def _begin_launch(self, *, sure: bool = False, queue: bool | None = None) -> None:
+        if not self._launching and not self._show_problems():
+            self._busy_with(_CHECKING)
+            self._launch(self.recipe, sure, queue, self.forecast.planned)
 
     @work(thread=True)
-    def _launch(self, recipe: Recipe, sure: bool, planned: str) -> None:
+    def _launch(self, recipe: Recipe, sure: bool, queue: bool | None, planned: str) -> None:
         try:
             from studio.tui.panels.forecast_text import question_before_launch  # noqa: PLC0415  with the estimator
 
+            if queue is None and (at_work := self._services.at_work(recipe)):
+                self.call_later(self._ask_first, recipe, AskTurn(at_work))
+                return
             known = (recipe, self._services, planned, self.forecast.longest_tokens)
             if not sure and (question := question_before_launch(*known)) is not None:
-                self.call_later(self._ask_over_budget, recipe, question)
+                self.call_later(self._ask_first, recipe, Confirm(question, "launch it"))
                 return
             worker, show = get_current_worker(), self.query_one(FieldHelp).show_busy
             told = ReadingTold(lambda words: self.app.call_from_thread(show, words), lambda: worker.is_cancelled)
-            paths = self._services.start(recipe, self._runs_root, told)
+            paths = self._services.start(recipe, self._runs_root, told, queue=bool(queue))
         except Abandoned:
             return
         except StudioError as error:

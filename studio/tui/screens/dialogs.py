@@ -81,6 +81,44 @@ class Confirm(Dialog[bool]):
         self.dismiss(True)
 
 
+class AskTurn(Dialog[bool]):
+    """Asks what to do about a card on which other runs are at work: true is to wait for it, false to start at once."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("w", "answer(True)", "Wait"),
+        Binding("s", "answer(False)", "Start anyway"),
+        Binding("c,n,q", "leave", "Cancel"),
+    ]
+
+    DEFAULT_CSS = """
+    AskTurn > Vertical { width: 64; border: round $warning; }
+    """
+
+    def __init__(self, at_work: list[str]) -> None:
+        """Name the runs that are at work."""
+        super().__init__()
+        self._at_work = ", ".join(plain(name, one_line=True, limit=60) for name in at_work)
+
+    def compose(self) -> ComposeResult:
+        """Make the parts: who is at work, what each answer does, keys."""
+        question = Content.assemble(
+            ("This card is busy.\n", "$text-warning bold"),
+            f"At work on it: {self._at_work}.\n",
+            "Two trainings share its memory, and both may end for want of it. A run that waits starts by itself when "
+            "the card is free, also when the studio is closed.",
+        )
+        with Vertical():
+            yield Static(question, markup=False)
+            keys = (("\n", "w", "wait in the queue", "answer(True)"), ("   ", "s", "start anyway", "answer(False)"))
+            yield Static(
+                Content.assemble(*(_button(*key) for key in keys), _button("   ", "c", "cancel", "leave")),
+            )
+
+    def action_answer(self, queue: bool) -> None:
+        """Close with an answer."""
+        self.dismiss(queue)
+
+
 def _button(before: str, key: str, words: str, action: str) -> Content:
     """Return a key with what it does, both of which do it when they are clicked."""
     return Content(before) + Content.from_markup(
