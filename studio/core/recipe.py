@@ -404,7 +404,15 @@ class TrainSection:
         100,
         Number(int, 0, 10_000_000, "steps", (0, 10, 20, 50, 100, 200, 500)),
         "Checkpoint every",
-        "Optimizer steps between checkpoints; 0 saves only at the end and on request.",
+        "Optimizer steps between checkpoints; 0 saves by time, at the end and on request.",
+        cost="Disk: adapter and optimizer state each time.",
+        resume="free",
+    )
+    checkpoint_minutes: float = declared(
+        15.0,
+        Number(float, 0, 1_000_000, "minutes", (0, 5, 10, 15, 30, 60)),
+        "or after",
+        "Minutes after the last checkpoint at which another is saved, whatever the step; 0 counts steps alone.",
         cost="Disk: adapter and optimizer state each time.",
         resume="free",
     )

@@ -200,6 +200,7 @@ ROWS: dict[str, Row] = {
     "train.max_grad_norm": Row(0.01, "losses"),
     "train.seed": Row(18, "losses"),
     "train.checkpoint_every": Row(1, "checkpoints"),
+    "train.checkpoint_minutes": Row(1e-9, "checkpoints"),
     "train.keep_checkpoints": Row(1, "checkpoints left", {"train.checkpoint_every": 1}),
     "eval.rows": Row(0, "held out", {"eval.samples": 0}),
     "eval.every": Row(2, "evaluated"),

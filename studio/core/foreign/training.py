@@ -231,6 +231,7 @@ def _saving(carrier: Carrier) -> None:
     strategy, steps = carrier.take("save_strategy"), carrier.take("save_steps")
     if strategy and str(strategy.value) == "no":
         carrier.put("train.checkpoint_every", 0, strategy)
+        carrier.put("train.checkpoint_minutes", 0, strategy)
     elif steps and not _below_one(steps):
         carrier.put("train.checkpoint_every", steps.value, steps)
     elif steps or (strategy and str(strategy.value) not in ("steps",)):

@@ -65,6 +65,8 @@ class Between:
         before: Each held-out row's loss before the first step; None where it is not known.
         initial: The adapter that PiSSA subtracted from the base; empty without PiSSA.
         doubted: Topics of what has been said to be wrong with held-out pairs.
+        clock: Seconds, for checkpoints by time.
+        saved_at: When the last checkpoint was written, or tried, by that clock.
     """
 
     worker: Worker
@@ -84,6 +86,8 @@ class Between:
     before: RowLosses | None = None
     initial: AdapterWeights = field(default_factory=dict)
     doubted: set[str] = field(default_factory=set)
+    clock: Callable[[], float] = time.monotonic
+    saved_at: float = field(default_factory=time.monotonic)
 
     def after_step(self, state: TrainState) -> bool:
         """Evaluate and save where that is due, and serve the user's requests.
@@ -100,14 +104,20 @@ class Between:
         every = self.recipe.eval.every
         if every and state.step % every == 0 and not last:
             self.evaluate(state.step)
-        saves = self.recipe.train.checkpoint_every
         asked = self.worker.requested("checkpoint-now")
-        if (saves and state.step % saves == 0 and not last) or asked:
+        if (self._checkpoint_due(state.step) and not last) or asked:
             self.checkpoint(state)
         if asked:
             self.worker.served("checkpoint-now")
         self._pause(state)
         return self.stopping or last
+
+    def _checkpoint_due(self, step: int) -> bool:
+        """Whether a checkpoint is due after this step, by the number of steps or by the time."""
+        train = self.recipe.train
+        waited = self.clock() - self.saved_at
+        by_time = train.checkpoint_minutes > 0 and waited >= 60 * train.checkpoint_minutes
+        return by_time or (train.checkpoint_every > 0 and step % train.checkpoint_every == 0)
 
     def evaluate(self, step: int) -> None:
         """Measure the held-out loss and emit it. Without held-out rows nothing happens; a stop ends it unfinished."""
@@ -220,6 +230,8 @@ class Between:
             )
             return False
         finally:
+            # A disk that refuses is not tried again at each step either.
+            self.saved_at = self.clock()
             self.tell("training")
         size = sum(file.stat().st_size for file in path.iterdir())
         relative = path.relative_to(self.worker.paths.root).as_posix()
