@@ -96,8 +96,9 @@ class LinePlot(Widget):
         self._changed()
 
     def watch_log_y(self, log_y: bool) -> None:
-        """Draw on the new scale."""
+        """Draw on the new scale, and name it: where values lie close together the curve looks the same on both."""
         self._picture.log_y = log_y
+        self.border_title = self._told[:1].upper() + self._told[1:]
         self._changed()
 
     def watch_reference(self, reference: Reference | None) -> None:
@@ -197,6 +198,11 @@ class LinePlot(Widget):
             self.refresh(*changed)
 
     @property
+    def _told(self) -> str:
+        """The title, with the kind of axis where it is not the usual one."""
+        return ", ".join(filter(None, (self._title, "log axis" if self.log_y else "")))
+
+    @property
     def _has_points(self) -> bool:
         return any(self._picture.has_points(curve.key) for curve in self._curves)
 
@@ -204,7 +210,7 @@ class LinePlot(Widget):
         return Strip([Segment(text, self._style(look)) for text, look in row.runs()], len(row.text))
 
     def _legend(self, width: int) -> Strip:
-        segments = [Segment("" if self.gutter.top else self._title, self.get_component_rich_style("line-plot--title"))]
+        segments = [Segment("" if self.gutter.top else self._told, self.get_component_rich_style("line-plot--title"))]
         for curve in self._curves:
             if self._picture.has_points(curve.key):
                 sign = Segment(f"  {_SIGNS[curve.look]} ", self._style(curve.cell_look))

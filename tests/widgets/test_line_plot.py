@@ -157,8 +157,10 @@ def test_log_axis_leaves_out_what_has_no_logarithm() -> None:
         assert shown.count("●") == 3
         assert "0.01" in shown
         assert "\n  10┤" in shown
+        assert "log axis" in shown, "a curve may look the same on both axes"
         plot.log_y = False
         await pilot.pause()
+        assert "log axis" not in text_of(plot)
         assert text_of(plot).count("●") == 4
 
     play(story)

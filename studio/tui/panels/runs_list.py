@@ -101,6 +101,10 @@ class RunsList(OptionList):
         """Lay the rows out for the new width."""
         self._draw()
 
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Offer to open a run only where there is one."""
+        return action != "select" or self.chosen is not None
+
     @property
     def rows(self) -> list[Row]:
         """What is listed."""

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from textual.app import ComposeResult
 from textual.containers import Vertical
 from textual.content import Content
-from textual.widgets import Input, OptionList
+from textual.widgets import Input
 
 from studio.core.gpu_catalogue import CATALOGUE, GIB
-from studio.tui.screens.dialogs import Picker
+from studio.tui.screens.dialogs import Offers, Picker
 
 THIS_MACHINE = ""
 """The answer that plans for this machine's own card."""
@@ -33,7 +33,7 @@ class CardScreen(Picker[str]):
             box.border_title = "Plan for which card?"
             box.border_subtitle = "⏎ take it  esc back"
             yield Input(placeholder="type to narrow: 4090, a100, laptop", compact=True, id="filter")
-            yield OptionList(compact=True, id="offers")
+            yield Offers()
 
     def on_mount(self) -> None:
         """Show all."""

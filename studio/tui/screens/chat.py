@@ -87,6 +87,11 @@ class Column(VerticalScroll):
             self._said.append(("", "", f"─── {how} the system prompt, from the beginning ───"))
             self._show()
 
+    @property
+    def has_said(self) -> bool:
+        """Whether a question or an answer stands here."""
+        return bool(self._said)
+
     def clear(self) -> None:
         """Remove all questions and answers."""
         self._said.clear()
@@ -243,6 +248,8 @@ class ChatScreen(Screen[None]):
             return self._busy and bool(self._sides) and not self._ended
         if action in ("forget", "turn_base") and (self._busy or self._ended):
             return False
+        if action == "forget":
+            return any(column.has_said for column in self.query(Column))
         if action == "turn_system":
             return bool(self._trained_with.text) and not self._busy and not self._ended
         return len(self._sides) > 1 if action == "turn_base" else True
@@ -260,6 +267,7 @@ class ChatScreen(Screen[None]):
             self._said.clear()
             for column in self.query(Column):
                 column.clear()
+            self.refresh_bindings()
 
     def action_warmer(self) -> None:
         """Take the next higher temperature, and after the highest the lowest."""

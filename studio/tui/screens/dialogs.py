@@ -165,6 +165,14 @@ class AskLine(Dialog[str]):
             self.dismiss(event.value)
 
 
+class Offers(OptionList, can_focus=False):
+    """The list of a picker. It never has the cursor, so that whatever is typed narrows it and enter takes."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        super().__init__(compact=True, id="offers")
+
+
 class Picker(Dialog[Answer]):
     """A list that typing narrows: the cursor stays in the filter while the arrows move in the list.
 

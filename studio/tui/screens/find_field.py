@@ -10,7 +10,7 @@ from textual.widgets import Input, OptionList, Static
 from studio.core.recipe import FIELDS, Recipe, choices_of
 from studio.core.text import plain
 from studio.tui.panels.recipe_form import ADVANCED, ESSENTIALS, SHOWN, shown_value, why_hidden
-from studio.tui.screens.dialogs import Picker
+from studio.tui.screens.dialogs import Offers, Picker
 
 _LABEL, _VALUE = 19, 22
 
@@ -36,7 +36,7 @@ class FindScreen(Picker[str]):
             box.border_title = "Find a field"
             box.border_subtitle = "⏎ go to it  esc back"
             yield Input(placeholder="a name, or what it does: seed, memory, stop", compact=True, id="filter")
-            yield OptionList(compact=True, id="offers")
+            yield Offers()
             yield Static("", id="about", markup=False)
 
     def on_mount(self) -> None:

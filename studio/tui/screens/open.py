@@ -24,7 +24,7 @@ from studio.tui.asks import OpenRun
 from studio.tui.changes import differences
 from studio.tui.panels.recipe_form import SHOWN
 from studio.tui.readable import UNKNOWN, age, number, setting
-from studio.tui.screens.dialogs import Picker
+from studio.tui.screens.dialogs import Offers, Picker
 
 if TYPE_CHECKING:
     from studio.core.foreign.carry import Carrier
@@ -95,7 +95,7 @@ class OpenScreen(Picker[FoundRecipe]):
             box.border_subtitle = "⏎ open it  esc back"
             yield Input(placeholder="type to narrow: a name, run, shipped, qlora; or a path", compact=True, id="filter")
             with Horizontal():
-                yield OptionList(compact=True, id="offers")
+                yield Offers()
                 with VerticalScroll(can_focus=False):
                     yield Static("Looking for recipes ...", id="preview", markup=False)
 

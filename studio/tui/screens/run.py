@@ -166,7 +166,8 @@ class RunScreen(OfferingScreen[None]):
 
     def action_log_axis(self) -> None:
         """Show the loss on the other kind of axis."""
-        self.query_one(RunPlots).toggle_log()
+        self.view = self.view if (plots := self.query_one(RunPlots)).display else "plots"
+        plots.toggle_log()
 
     def action_search(self) -> None:
         """Search the log."""
