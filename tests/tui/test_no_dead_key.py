@@ -245,6 +245,7 @@ def services(root: Path, begin: str) -> Services:
 
 @pytest.mark.parametrize("begin", WAYS)
 def test_keys_of_screens(tmp_path: Path, begin: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # one of the keys saves a recipe
     # `seen` draws the screen; what Textual draws besides, for a terminal that is not there, takes a third of the time.
     monkeypatch.setattr(Compositor, "render_update", lambda self, **_: self._dirty_regions.clear())
     if begin == "runs":
