@@ -123,6 +123,8 @@ def _kept(steps: "array[int]", step: int) -> int:
     return keep
 
 
+SILENT = "silent"
+"""Topic of a warning that a training told nothing for long. It comes from a watchdog: it is no sign of life."""
 _RATE_STEPS = 20
 """Steps over which the pace is measured."""
 _MOST_WARNINGS = 1000
@@ -147,7 +149,7 @@ class History:
         failed: How the run failed, unless a worker has started since.
         finished: How the run ended in order, unless a worker has started since.
         unknown: How many lines this version could not read.
-        last_at: Unix seconds of the last event.
+        last_at: Unix seconds of the last event; a warning of silence is not counted.
         earlier_seconds: How long the workers before the last one took.
     """
 
@@ -227,7 +229,8 @@ class History:
     def _take(self, event: RunEvent) -> None:
         if isinstance(event, Started):
             self.earlier_seconds = self.seconds or 0.0
-        self.last_at = event.at or self.last_at
+        if not (isinstance(event, Warned) and event.topic == SILENT):
+            self.last_at = event.at or self.last_at
         match event:
             case StepDone():
                 self.train.append(event)

@@ -5,7 +5,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,17 @@ from studio.runs.disk import refuses
 from studio.runs.failure import Explain, not_explained
 from studio.runs.layout import RunPaths
 from studio.runs.queue import Queue, Turn, place_key, wait_for_turn
+from studio.runs.silence import Watchdog
 from studio.runs.worker import Worker
 
 
 def run_job(
-    run: Path, body: Callable[[Worker], None], *, explain: Explain = not_explained, card: str | None = None
+    run: Path,
+    body: Callable[[Worker], None],
+    *,
+    explain: Explain = not_explained,
+    card: str | None = None,
+    watched: bool = False,
 ) -> int:
     """Run a job's body as the worker of a run and return the exit code of its process; a busy run is refused with 1.
 
@@ -29,6 +35,7 @@ def run_job(
         explain: Names the errors of the job's libraries.
         card: What the launch calls the card on which the job counts as at work, so that queued runs wait for its end:
             a UUID or a number, empty for the CPU. None for jobs that leave cards alone.
+        watched: Whether a watchdog warns when the job tells nothing for long; for trainings, whose steps have a pace.
     """
     worker = Worker(RunPaths(run.absolute()), explain=explain)
     _forgive_full_output()
@@ -44,7 +51,8 @@ def run_job(
                 held = turn.hold
             else:
                 held = None if card is None else Queue().take(worker.paths, place_key(card))
-            body(worker)
+            with Watchdog(worker) if watched else nullcontext():
+                body(worker)
             del held  # a lock that nothing refers to is given back, so it is kept until here
     except (StudioError, OSError) as error:
         with suppress(OSError):  # that it cannot be printed must not hide the error itself

@@ -3,6 +3,7 @@
 import math
 import shlex
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from studio.runs.job import read_job
 from studio.runs.last_words import CRASHED, crash_of, printed_since_launch
 from studio.runs.layout import RunPaths
 from studio.runs.scratch import left_by
+from studio.runs.silence import silent_seconds
 from studio.runs.status import Status
 
 _RESUME = "runs resume RUN"
@@ -30,8 +32,15 @@ _LAST_STEPS = 3
 _UNSAID = "the worker's process ended without saying why"
 
 
-def summary_of(paths: RunPaths, history: History, status: Status) -> dict[str, Any]:
-    """Return the outcome of a run, ready for JSON. A number that is unknown or not finite is null."""
+def summary_of(paths: RunPaths, history: History, status: Status, now: float | None = None) -> dict[str, Any]:
+    """Return the outcome of a run, ready for JSON. A number that is unknown or not finite is null.
+
+    Args:
+        paths: The run.
+        history: What it told.
+        status: How it stands.
+        now: Unix seconds, by which a live run may have been silent for long; None asks the clock.
+    """
     started, finished, gain = history.started, history.finished, gain_of(history)
     return {
         "run": paths.name,
@@ -39,6 +48,7 @@ def summary_of(paths: RunPaths, history: History, status: Status) -> dict[str, A
         "job": started.job if started else None,
         "status": str(status),
         "paused_for": history.paused_for if status is Status.paused and history.paused_for else None,
+        "silent_seconds": _number(silent_seconds(history, status, time.time() if now is None else now)),
         "method": started.method if started else None,
         "model": started.model if started else None,
         "device": history.planned.device if history.planned else None,

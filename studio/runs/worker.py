@@ -15,6 +15,7 @@ import signal
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from typing import Any, Self, TypeVar
 from filelock import FileLock, Timeout
 
 from studio.core.errors import JobFailed, StudioError
-from studio.core.events import Failed, Finished, Paused, Phase, RunEvent, Started, Warned
+from studio.core.events import Failed, Finished, Paused, Phase, RunEvent, Started, StepDone, Warned
 from studio.core.text import plain
 from studio.runs.atomic import mend_folder, write_whole
 from studio.runs.control import Request, asked_at, leave_request, requested, withdraw
@@ -74,6 +75,9 @@ class Worker:
         patient: Whether the job waits for room, with all that it has in memory, when the disk refuses an event; else it
             fails. For jobs that would lose hours.
         sleep: Waits between two tries.
+        told: How many events were written.
+        waits: Whether the last that it told is that it is paused.
+        step_seconds: How long the last steps of a training took.
     """
 
     def __init__(
@@ -100,6 +104,8 @@ class Worker:
         self._lock = FileLock(paths.lock, timeout=wait_seconds, mode=0o600, thread_local=False)
         self.patient = False
         self.sleep: Callable[[float], None] = time.sleep
+        self.told, self.waits = 0, False
+        self.step_seconds: deque[float] = deque(maxlen=20)
         self._reserve = Reserve(paths.reserve)
         # Reentrant, because writing an event that must wait for the disk writes the events that tell of the wait.
         self._writing = threading.RLock()
@@ -149,6 +155,10 @@ class Worker:
                 self._write_patiently(event)
             else:
                 self._log.write(event)
+        self.told += 1
+        self.waits = isinstance(event, Paused) and event.paused
+        if isinstance(event, StepDone):
+            self.step_seconds.append(event.seconds)
         self._step = getattr(event, "step", None) or self._step
         if isinstance(event, Started):
             self._doing = Doing(job=event.job)
@@ -245,6 +255,7 @@ class Worker:
                     self._log.write_all(lines)
                 except (OSError, StudioError):
                     continue
+                self.waits = True
                 return True
         return False
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from studio.core.events import MemorySeen, StepDone
-from studio.core.text import plain
+from studio.core.text import duration_text, plain
 from studio.runs.control import requested
 from studio.runs.history import History
 from studio.runs.layout import RunPaths
+from studio.runs.silence import silent_seconds
 from studio.runs.status import Status, run_status
 from studio.runs.watch import RunWatch
 from widgets.log_view import visible_lines
@@ -163,3 +164,11 @@ def waits_for(paths: RunPaths, status: Status) -> str:
     if status.live and requested(paths, "checkpoint-now"):
         return "checkpoint asked for: after this step"
     return ""
+
+
+def silence_of(glance: Glance, now: float | None = None) -> str:
+    """Return in words that a training has told nothing for long; empty while it tells, or its log is still read."""
+    if glance.behind:
+        return ""
+    silent = silent_seconds(glance.history, glance.status, time.time() if now is None else now)
+    return f"silent for {duration_text(silent)}: it may hang; x, then x again, ends it" if silent else ""

@@ -39,4 +39,4 @@ def _body(worker: Worker) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m studio.jobs.train RUN_DIR")
-    sys.exit(run_job(Path(sys.argv[1]), _body, explain=_explain, card=os.environ.get(CHOSEN, "")))
+    sys.exit(run_job(Path(sys.argv[1]), _body, explain=_explain, card=os.environ.get(CHOSEN, ""), watched=True))
