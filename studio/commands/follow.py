@@ -1,6 +1,7 @@
 """Following a run to its end from the command line, and saying what came of it."""
 
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -25,6 +26,7 @@ from studio.commands.terminal import (
 from studio.core.errors import StudioError
 from studio.core.events import Evaluated, Paused, Phase, Planned, RunEvent, Saved, Started, StepDone, Warned
 from studio.core.left_out import left_out_in_words
+from studio.core.notice import desktop_notice
 from studio.core.preferences import preferred_in_words
 from studio.core.text import plain
 from studio.runs.control import request
@@ -40,6 +42,8 @@ _POLL_SECONDS = 0.2
 _GONE = "its folder was deleted while it was followed"
 _LINE_CHARACTERS = 300
 _SECONDS_BETWEEN = 1.0
+_LONG_SECONDS = 60.0
+"""Who waits for a run as long as this has turned to something else: its end rings the bell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +245,9 @@ def conclude(watch: RunWatch, end: End, *, as_json: bool) -> int:
         tell_success(watch, summary, to)
     if as_json:
         write_json(summary)
+    if not end.left and sys.stderr.isatty() and (summary["seconds"] or 0.0) >= _LONG_SECONDS:
+        notice = desktop_notice(f"{summary['run']}: {summary['status']}", os.environ)
+        print(f"\a{notice}", end="", file=sys.stderr, flush=True)  # not through `say`, which would make it visible
     return code
 
 

@@ -6,6 +6,7 @@ whole studio, is told when the job has ended.
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Literal
 
 from textual.app import App
 
+from studio.core.notice import desktop_notice
 from studio.core.text import plain
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status
@@ -91,7 +93,7 @@ class Ends:
 
 
 class EndNotices:
-    """Rings the bell at the end of a run, and tells of it unless the screen shows it."""
+    """Rings the bell at the end of a run, notifies the desktop, and tells of it unless the screen shows it."""
 
     def __init__(self, app: App[None], root: Path, services: Services) -> None:
         """Watch for an app over the runs in a folder; `services` keep when that was."""
@@ -141,11 +143,19 @@ class EndNotices:
         watched = screen.watched if ring and isinstance(screen, OfferingScreen) else ()
         if ring and endings:
             self._app.bell()
+            more = f" ... and {len(endings) - 1} more" if len(endings) > 1 else ""
+            self._notice(f"{endings[0].words.partition(chr(10))[0]}{more}")
         told = [ending for ending in endings if ending.paths not in watched]
         for ending in told[:_MOST_TOLD]:
             self._app.notify(ending.words, severity=ending.severity, timeout=_NOTICE_SECONDS, markup=False)
         if len(told) > _MOST_TOLD:
             self._app.notify(f"{len(told) - _MOST_TOLD} more runs have ended: o lists them.", markup=False)
+
+    def _notice(self, words: str) -> None:
+        """Let the terminal show a desktop notification: Textual has no call for it."""
+        driver = self._app._driver
+        if driver is not None and (sequence := desktop_notice(words, os.environ)):
+            driver.write(sequence)
 
 
 def ending_of(info: RunInfo) -> Ending:

@@ -154,8 +154,9 @@ class Cursor:
         return known if holds else 0
 
 
-def waits_for(paths: RunPaths, status: Status) -> str:
-    """Return in words a request that the worker has not answered yet; empty where there is none."""
+def waits_for(paths: RunPaths, glance: Glance) -> str:
+    """Return in words a request that the worker has not answered yet, else that it is silent; mostly empty."""
+    status = glance.status
     if status in (Status.starting, Status.running) and requested(paths, "pause"):
         return "pause asked for: after this step"
     if status is Status.paused:
@@ -163,7 +164,7 @@ def waits_for(paths: RunPaths, status: Status) -> str:
         return f"p goes on{then}" if requested(paths, "pause") else "going on"
     if status.live and requested(paths, "checkpoint-now"):
         return "checkpoint asked for: after this step"
-    return ""
+    return silence_of(glance)
 
 
 def silence_of(glance: Glance, now: float | None = None) -> str:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from textual.pilot import Pilot
 
 from studio.core.events import Evaluated, Failed, Finished, Started, Warned
@@ -45,11 +46,18 @@ def export_run(root: Path, at: float = 1.0) -> RunPaths:
     return paths
 
 
-def test_the_warning_of_an_export_reaches_who_has_left_its_screen(tmp_path: Path) -> None:
+def test_the_warning_of_an_export_reaches_who_has_left_its_screen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rung: list[bool] = []
+    written: list[str] = []
+    for name in ("VTE_VERSION", "TMUX", "STY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         app.bell = lambda: rung.append(True)  # type: ignore[method-assign]
+        app._driver.write = written.append  # type: ignore[method-assign, union-attr]
         await until(pilot, lambda: isinstance(app.screen, RunScreen))
         assert app._ends is not None
         paths = export_run(tmp_path)  # as the merge before it starts it
@@ -61,6 +69,8 @@ def test_the_warning_of_an_export_reaches_who_has_left_its_screen(tmp_path: Path
         await until(pilot, lambda: "q8_0 is 0.031" in shown(app))
         assert_harmless(app)
         assert len(rung) == 1
+        (notice,) = (text for text in written if "\x1b]9;" in text)
+        assert f"{paths.name} finished after 9 s." in notice
         worker.emit(Evaluated, step=2, loss=3.5, loss_tokens=900, rows=20, seconds=1.0)
         worker.emit(Finished, outcome="done", step=2)
         app._ends.look()

@@ -20,7 +20,7 @@ from studio.runs.log_parts import sample_steps
 from studio.runs.status import Status
 from studio.tui.asks import OpenChat, ShowData, ShowMerge
 from studio.tui.copying import Copied, folder_of
-from studio.tui.feed import Glance, RunFeed, silence_of, waits_for
+from studio.tui.feed import Glance, RunFeed, waits_for
 from studio.tui.panels.notes import Notes
 from studio.tui.panels.outcome import TRAIN, Outcome, has_adapter, no_adapter_words, why_no_output
 from studio.tui.panels.run_header import RunHeader
@@ -334,8 +334,7 @@ class RunScreen(OfferingScreen[None]):
         if before is None or before.status is not glance.status or job != self._job:
             self.refresh_bindings()
         self._see_pause()
-        waits = waits_for(self.paths, glance.status) or silence_of(glance)
-        self.query_one(RunHeader).show(glance.history, glance.status, waits)
+        self.query_one(RunHeader).show(glance.history, glance.status, waits_for(self.paths, glance))
         self.query_one(Outcome).show(self.paths, glance.history, glance.status)
         if glance.output:
             self.query_one(LogSearch).extend(glance.output)
