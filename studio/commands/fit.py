@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         return _fill(args, recipe, Planner(recipe, shape, gpu, budget, ram, known))
     if args.ram_gib is not None:
         raise BadInput("--ram-gib says what may wait in main memory: add --for speed, fidelity or room")
-    found = fit(recipe, shape, gpu, budget, known)
+    found = fit(recipe, shape, gpu, budget, known, ram_bytes=ram_bytes())
     setup = as_it_lies(replace(setup_of(found.fix.recipe, gpu), device="cuda"), shape.quantised)
     pace = pace_of(found.fix.recipe, shape, setup, gpu)
     if args.json:
@@ -192,7 +192,8 @@ def _print(found: Fit, gpu: Gpu, budget_bytes: int) -> None:
     if not found.fix.fits:
         say(f"nothing fits: the least is {range_}, and {name} has {size(budget_bytes)} for it")
     elif found.fix.changes:
-        say(f"with these changes it takes {range_} of {size(budget_bytes)} on {name}")
+        waits = f", and {size(host)} of main memory" if (host := found.fix.estimate.host.total) else ""
+        say(f"with these changes it takes {range_} of {size(budget_bytes)} on {name}{waits}")
         say(
             "try: "
             + " ".join(f"--set {path}={_word(value)}" for item in found.fix.changes for path, value in _settings(item))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from studio.core.placement.streaming import BUFFERS
 from studio.core.recipe import Recipe, number_of
 from studio.core.shape import ModelShape
 from studio.core.value_kinds import ALL_LINEAR
@@ -183,6 +184,18 @@ def _fewer_targets(recipe: Recipe, shape: ModelShape) -> Iterator[Change]:
         )
 
 
+def _streaming(recipe: Recipe, shape: ModelShape) -> Iterator[Change]:
+    """Yield a quarter of the layers in main memory, then a half, three quarters and all."""
+    if recipe.model.stream != "off" or recipe.train.compile:
+        return
+    for quarter in (1, 2, 3, 4):
+        layers = shape.layers * quarter // 4
+        if layers > BUFFERS:
+            words = f"{layers} of {shape.layers} layers streamed from main memory"
+            why = "the same result: layers wait in main memory and are copied ahead; no card has run it yet"
+            yield Change((("model.stream", layers),), words, "same result, no card has run it yet", why, (1.0, 4.0))
+
+
 _KINDS: tuple[Kind, ...] = (
     _chunked_loss,
     _fused_attention,
@@ -199,14 +212,16 @@ _KINDS: tuple[Kind, ...] = (
 )
 
 
-def kinds(longest_tokens: int | None = None) -> tuple[Kind, ...]:
+def kinds(longest_tokens: int | None = None, *, streams: bool = False) -> tuple[Kind, ...]:
     """Return the kinds of change, gentlest first.
 
     Args:
         longest_tokens: Tokens of the longest row of the data, where it is known.
+        streams: Whether layers may be streamed. That comes last until a card has run it.
     """
+    last: tuple[Kind, ...] = (_streaming,) if streams else ()
     if longest_tokens is None:
-        return _KINDS
+        return (*_KINDS, *last)
     no_empty: Kind = partial(_no_empty_length, longest_tokens=longest_tokens)
     shorter: Kind = partial(_shorter_rows, longest_tokens=longest_tokens)
-    return no_empty, *(shorter if kind is _shorter_rows else kind for kind in _KINDS)
+    return no_empty, *(shorter if kind is _shorter_rows else kind for kind in _KINDS), *last

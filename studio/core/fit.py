@@ -9,6 +9,7 @@ from typing import Any
 
 from studio.core.changes import AS_FAST, Change, applied, kinds
 from studio.core.gpu_catalogue import CATALOGUE, Gpu
+from studio.core.placement.streaming import HOST_SHARE
 from studio.core.recipe import Recipe, number_of
 from studio.core.shape import ModelShape
 from studio.core.throughput import time_factor
@@ -125,6 +126,7 @@ class Search:
         budget_bytes: What it may take.
         gpu: The card, for the price in time; None takes the range that each change has for any card.
         longest_tokens: Tokens of the longest row of the data, where it is known: a length beyond it buys nothing.
+        ram_bytes: Main memory of the computer; None where it is not known, so that no layer is streamed from there.
     """
 
     shape: ModelShape
@@ -132,6 +134,7 @@ class Search:
     budget_bytes: int
     gpu: Gpu | None = None
     longest_tokens: int | None = None
+    ram_bytes: int | None = None
 
     def for_nothing(self, recipe: Recipe) -> Fix | None:
         """Return the change that loses nothing, from a length that no row needs; None where there is none.
@@ -147,10 +150,17 @@ class Search:
     def together(self, recipe: Recipe) -> Fix:
         """Return the gentlest changes that make a recipe fit, or all that help where nothing does.
 
+        Layers are streamed only where nothing else is enough.
+
         Raises:
             BadInput: The recipe cannot be estimated.
         """
-        return self._fix(recipe, self._gentlest(recipe, self._needed(recipe)))
+        changes, streams = self._needed(recipe), False
+        if self.ram_bytes and self.estimate(applied(recipe, changes)).device.expected > self.budget_bytes:
+            streamed = self._needed(recipe, streams=True)
+            if self._fits(recipe, streamed):
+                changes, streams = streamed, True
+        return self._fix(recipe, self._gentlest(recipe, changes, streams=streams))
 
     def alone(self, recipe: Recipe) -> list[Fix]:
         """Return for each kind the smallest change that makes the recipe fit, else the largest that saves enough.
@@ -161,11 +171,12 @@ class Search:
         found = []
         now = self.estimate(recipe).device
         before, worth = now.expected, max(_WORTH_BYTES, _WORTH_SHARE * (now.high - self.budget_bytes))
-        for kind in kinds(self.longest_tokens):
+        for kind in kinds(self.longest_tokens, streams=bool(self.ram_bytes)):
             options = [
                 change
                 for change in kind(recipe, self.shape)
                 if before - self.estimate(applied(recipe, [change])).device.expected >= worth
+                and self._host_holds(recipe, [change])
             ]
             enough = next((change for change in options if self._fits(recipe, [change])), None)
             if options:
@@ -185,11 +196,18 @@ class Search:
             recipe, before = changed, after
         return Fix(recipe, tuple(prices), before, self.budget_bytes)
 
-    def _needed(self, recipe: Recipe) -> list[Change]:
+    def _host_holds(self, recipe: Recipe, changes: Sequence[Change]) -> bool:
+        """Return whether main memory holds the layers that would wait there, where it is known."""
+        changed = applied(recipe, changes)
+        if not self.ram_bytes or changed.model.stream == recipe.model.stream:
+            return True
+        return self.estimate(changed).host.total <= HOST_SHARE * self.ram_bytes
+
+    def _needed(self, recipe: Recipe, *, streams: bool = False) -> list[Change]:
         """Return changes, gentle ones first, none of which can be left out; all that help where nothing fits."""
         changes: list[Change] = []
         while not self._fits(recipe, changes):
-            found = self._next(recipe, changes)
+            found = self._next(recipe, changes, streams=streams)
             if found is None:
                 return changes
             changes = [*changes, found]
@@ -202,16 +220,18 @@ class Search:
     def _fits(self, recipe: Recipe, changes: Sequence[Change]) -> bool:
         return self.estimate(applied(recipe, changes)).device.high <= self.budget_bytes
 
-    def _next(self, recipe: Recipe, changes: Sequence[Change]) -> Change | None:
+    def _next(self, recipe: Recipe, changes: Sequence[Change], *, streams: bool) -> Change | None:
         """Return the next change to make: of the gentlest kind that helps at all the smallest that is enough.
 
         Where none of that kind is enough, it is the largest that helps.
         """
         now = applied(recipe, changes)
         high = self.estimate(now).device.high
-        for kind in kinds(self.longest_tokens):
+        for kind in kinds(self.longest_tokens, streams=streams):
             best = None
             for change in kind(now, self.shape):
+                if not self._host_holds(now, [change]):
+                    continue
                 changed = self.estimate(applied(now, [change])).device.high
                 if changed <= self.budget_bytes:
                     return change
@@ -221,13 +241,13 @@ class Search:
                 return best
         return None
 
-    def _gentlest(self, recipe: Recipe, changes: list[Change]) -> list[Change]:
+    def _gentlest(self, recipe: Recipe, changes: list[Change], *, streams: bool) -> list[Change]:
         """Weaken each change as far as the others allow, which gives back the largest micro-batch and longest rows."""
         for place in reversed(range(len(changes))):
             before, after = applied(recipe, changes[:place]), changes[place + 1 :]
             same_kind = (
                 option
-                for kind in kinds(self.longest_tokens)
+                for kind in kinds(self.longest_tokens, streams=streams)
                 for option in kind(before, self.shape)
                 if option.settings[0][0] == changes[place].settings[0][0]
             )
@@ -242,6 +262,8 @@ def fit(
     gpu: Gpu,
     budget_bytes: int,
     estimate: Callable[[Setup], VramEstimate] | None = None,
+    *,
+    ram_bytes: int | None = None,
 ) -> Fit:
     """Return the recipe nearest to the given one that fits a budget on a card.
 
@@ -251,6 +273,7 @@ def fit(
         gpu: The card.
         budget_bytes: What the run may use of it.
         estimate: Returns what a set-up takes on it, where more is known than the shape, such as this machine's runs.
+        ram_bytes: Main memory of the computer; None where it is not known, so that no layer is streamed from there.
 
     Raises:
         BadInput: A target does not exist in this model.
@@ -260,7 +283,7 @@ def fit(
         setup = setup_of(candidate, gpu)
         return estimate(setup) if estimate else estimate_vram(shape, setup, gpu)
 
-    fix = Search(shape, taken, budget_bytes, gpu).together(recipe)
+    fix = Search(shape, taken, budget_bytes, gpu, ram_bytes=ram_bytes).together(recipe)
     return Fit(
         fix=fix,
         largest={path: _largest(fix, path, taken) if fix.fits else None for path in _LIMITS},

@@ -54,15 +54,22 @@ class Outlook:
 class Forecaster:
     """Estimates recipes for one model and one card and remembers what it has worked out."""
 
-    def __init__(self, shape: ModelShape, device: PlanDevice, correct: Correction | None = None) -> None:
+    def __init__(
+        self,
+        shape: ModelShape,
+        device: PlanDevice,
+        correct: Correction | None = None,
+        ram_bytes: int | None = None,
+    ) -> None:
         """Estimate for a model on a device.
 
         Args:
             shape: The model.
             device: Its card, or the CPU.
             correct: Corrects an estimate by the runs of this machine; None leaves it as it is.
+            ram_bytes: Main memory of the computer; None where it is not known, so that no layer is streamed from there.
         """
-        self.shape, self.device, self._correct = shape, device, correct
+        self.shape, self.device, self._correct, self.ram_bytes = shape, device, correct, ram_bytes
         self.longest_tokens: int | None = None
         """Tokens of the longest row of the recipe's data, once they are known. Estimates take rows as full even so."""
         # Caches of this forecaster, which go with it: those of a decorator would be shared and would keep it alive.
@@ -85,6 +92,14 @@ class Forecaster:
         """
         budget = self.device.budget_bytes(recipe)
         return with_fewest(setup_of(recipe, self.device.gpu), self.shape.layers, budget, self._estimate)
+
+    def estimate(self, setup: Setup) -> VramEstimate:
+        """Return what a set-up takes.
+
+        Raises:
+            BadInput: Its targets or its rank do not suit the model.
+        """
+        return self._estimate(setup)
 
     def largest_batch(self, recipe: Recipe) -> int | None:
         """Return the largest micro-batch that fits even at the high end of its estimate; None without a budget.
@@ -131,7 +146,7 @@ class Forecaster:
             return self._estimate(setup_of(candidate, self.device.gpu))
 
         budget_bytes = self.device.budget_bytes(recipe) or 0
-        return Search(self.shape, taken, budget_bytes, self.device.gpu, self.longest_tokens)
+        return Search(self.shape, taken, budget_bytes, self.device.gpu, self.longest_tokens, self.ram_bytes)
 
     def _worked_out(self, setup: Setup) -> VramEstimate:
         check_adapted(self.shape, setup.adapted)

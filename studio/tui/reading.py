@@ -1,6 +1,7 @@
 """The outlook of a recipe as the screen shows it: the parts of the gauge, and the words below it."""
 
 from studio.core.fit import Fix
+from studio.core.placement.streaming import HOST_SHARE
 from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.probe.cards import Card, CardProcess
@@ -36,8 +37,7 @@ def reading_of(outlook: Outlook | str, free: Fix | None = None) -> Reading:
         return Reading(verdict=plain(outlook, one_line=True, limit=200))
     estimate = outlook.estimate
     parts, device = estimate.components, estimate.device
-    # What the card holds beyond torch's allocator and the CUDA context is paged optimizer state, in unified memory.
-    paged = max(0, device.expected - estimate.reserved.expected - parts.context)
+    paged = paged_bytes(outlook)
     named = (
         ("base", parts.base),
         ("adapter", parts.adapter),
@@ -58,6 +58,50 @@ def reading_of(outlook: Outlook | str, free: Fix | None = None) -> Reading:
         verdict=verdict,
         level=level,
     )
+
+
+def host_reading(outlook: Outlook | str, ram_bytes: int | None) -> Reading:
+    """Return what a second gauge shows: what waits in main memory, in GiB; nothing where nothing does.
+
+    Of a paged optimizer's states there counts what does not fit on the card: they move only then.
+
+    Args:
+        outlook: What the recipe needs.
+        ram_bytes: Main memory of the computer; None where it is not known.
+    """
+    if isinstance(outlook, str):
+        return Reading()
+    host, paged = outlook.estimate.host, min(paged_bytes(outlook), outlook.over_bytes)
+    named = (("weights", host.weights), ("checkpoints", host.checkpoints), ("paged states", paged))
+    parts = tuple(Part(label, to_gib(size)) for label, size in named if size)
+    if not parts or ram_bytes is None:
+        return Reading(parts=parts)
+    verdict, level = host_verdict(host.total + paged, ram_bytes)
+    return Reading(parts=parts, capacity=to_gib(ram_bytes), verdict=verdict, level=level)
+
+
+def host_verdict(size_bytes: int, ram_bytes: int) -> tuple[str, Level]:
+    """Return whether main memory holds what would wait there beside system and program: in words, and as a level."""
+    if size_bytes <= HOST_SHARE * ram_bytes:
+        return "fits", "good"
+    return ("tight", "doubtful") if size_bytes <= ram_bytes else ("does not fit", "bad")
+
+
+def host_words(outlook: Outlook, ram_bytes: int | None) -> str:
+    """Return the warning that main memory, not the card, is too small; empty where it is not."""
+    size = outlook.estimate.host.total
+    if ram_bytes is None or host_verdict(size, ram_bytes)[1] == "good":
+        return ""
+    return (
+        f"Main memory is too small: {gib(size)} GiB would wait there, and this computer has {gib(ram_bytes)}, of which "
+        f"{gib(int(HOST_SHARE * ram_bytes))} may be used. The card is not the limit."
+    )
+
+
+def paged_bytes(outlook: Outlook) -> int:
+    """Return what the card holds beyond torch's allocator and the CUDA context: a paged optimizer's states."""
+    estimate = outlook.estimate
+    return max(0, estimate.device.expected - estimate.reserved.expected - estimate.components.context)
 
 
 def rows_words(recipe: Recipe, longest_tokens: int | None) -> str:

@@ -161,13 +161,14 @@ class Services:
         """
         from studio.core.gpu_catalogue import find_gpu
         from studio.probe.device import place_of
+        from studio.probe.machine import ram_bytes
         from studio.probe.pace import calibrated
         from studio.probe.plan import device_from_catalogue, device_of
         from studio.tui.forecast import Forecaster
 
         shape = _shape(recipe.model.base, recipe.model.revision)
         device = device_from_catalogue(find_gpu(planned)) if planned else device_of(place_of(recipe.device.device))
-        return Forecaster(shape, device, calibrated)
+        return Forecaster(shape, device, calibrated, ram_bytes())
 
     def spills(self) -> bool:
         """Return whether the driver moves what does not fit on the card into main memory, as on Windows and WSL."""

@@ -1,11 +1,18 @@
-"""LoRA beside QLoRA for this model, data and card, as text. Rows that nobody can compute are left out."""
+"""LoRA beside QLoRA, a streamed base and QLoRA with layers in 16 bit, for this model, data and card, as text.
+
+Rows that nobody can compute are left out.
+"""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from studio.core.base_form import base_form
 from studio.core.evidence import seen_sign
+from studio.core.placement.columns import Column, columns_of, kept_layers, settled_columns
+from studio.core.placement.streaming import HOST_SHARE
 from studio.core.recipe import Method, Recipe
+from studio.core.vram.report import Range
 from studio.probe.pace import Pace, pace_of
 from studio.probe.quality import audited
 from studio.runs.quality import LaneResult
@@ -29,135 +36,235 @@ MERGE = (
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One method of the table.
+    """One column of the table.
 
     Attributes:
-        outlook: What it needs.
+        recipe: What it is of.
+        outlook: What it needs; None while that is worked out.
         held_in: Precision of the base's weights.
+        ram_bytes: Main memory of the computer; None where it is not known.
         largest: Largest micro-batch that fits; None without a card or while it is worked out.
         pace: Speed and time; None while they are worked out.
         measured: What a race measured of it on this model and data; None where none was run.
     """
 
-    outlook: Outlook
+    recipe: Recipe
+    outlook: Outlook | None = None
     held_in: str = UNKNOWN
+    ram_bytes: int | None = None
     largest: int | None = None
     pace: Pace | None = None
     measured: LaneResult | None = None
 
+    @property
+    def host_bytes(self) -> int:
+        """What waits in main memory."""
+        return 0 if self.outlook is None else self.outlook.estimate.host.total
 
-def sides_of(recipe: Recipe, forecaster: Forecaster, *, batches: bool) -> dict[Method, Side]:
-    """Return both methods of a recipe.
+    @property
+    def lacks_ram(self) -> bool:
+        """Whether main memory is too small for it."""
+        return self.ram_bytes is not None and self.host_bytes > HOST_SHARE * self.ram_bytes
+
+    @property
+    def verdict(self) -> str:
+        """Whether it fits the card and main memory; empty without a card."""
+        verdict = self.outlook.verdict if self.outlook else None
+        return "lacks RAM" if verdict and verdict != "does not fit" and self.lacks_ram else verdict or ""
+
+
+Sides = dict[Column, Side]
+
+
+def sides_of(recipe: Recipe, forecaster: Forecaster, *, batches: bool) -> Sides:
+    """Return the columns of a recipe.
 
     Args:
-        recipe: What is compared as LoRA and as QLoRA.
+        recipe: What is compared as LoRA, as QLoRA and as what lies between.
         forecaster: Estimates it.
-        batches: Whether to add what takes milliseconds and more: largest batch, speed, and what a race has measured.
+        batches: Whether to add what takes milliseconds and more: what lies between the two, largest batch, speed, and
+            what a race has measured.
 
     Raises:
         BadInput: The recipe cannot be estimated.
     """
+    columns = columns_of(recipe, forecaster.shape, on_card=forecaster.device.gpu is not None)
+    if batches:
+        budget = forecaster.device.budget_bytes(recipe)
+
+        def needs(turned: Recipe) -> int:
+            return forecaster.outlook(turned).estimate.device.high
+
+        columns = settled_columns(recipe, columns, forecaster.shape, budget, needs)
     raced = audited(recipe) if batches else {}
-    sides: dict[Method, Side] = {}
-    for method in METHODS:
-        turned = recipe.with_("method", method)
-        outlook = forecaster.outlook(turned)
+    sides: Sides = {}
+    for column, turned in columns.items():
+        if not batches and column not in METHODS and turned is not recipe:
+            sides[column] = Side(turned)
+            continue
+        outlook, held_in = forecaster.outlook(turned), _held_in(turned, column)
+        side = Side(turned, outlook, held_in, forecaster.ram_bytes)
         if batches:
-            largest, pace = forecaster.largest_batch(turned), _pace(turned, forecaster)
-            sides[method] = Side(outlook, base_form(turned), largest, pace, raced.get(method))
-        else:
-            sides[method] = Side(outlook, base_form(turned))
+            setup = forecaster.setup(turned)
+            most = turned.with_("model.stream", forecaster.shape.layers) if column == "streamed" else turned
+            side = replace(
+                side,
+                recipe=turned.with_("model.stream", setup.stream),
+                largest=forecaster.largest_batch(most),
+                pace=pace_of(turned, forecaster.shape, setup, forecaster.device.gpu),
+                measured=raced.get(column),
+            )
+        sides[column] = side
     return sides
 
 
-def _pace(recipe: Recipe, forecaster: Forecaster) -> Pace:
-    return pace_of(recipe, forecaster.shape, forecaster.setup(recipe), forecaster.device.gpu)
+def _held_in(recipe: Recipe, column: Column) -> str:
+    """Return the format of the base's layers, and of how many it is another one."""
+    return f"{recipe.model.quant_type} and more" if column == "mixed" else base_form(recipe)
 
 
-def rows_of(sides: dict[Method, Side], *, waiting: bool) -> list[tuple[str, str, str]]:
-    """Return the rows of the table: what it is, for LoRA, for QLoRA.
+def heads_of(sides: Sides) -> list[tuple[Column, tuple[str, str]]]:
+    """Return what each column is called, in two rows."""
+    return [(column, _head(column, side)) for column, side in sides.items()]
+
+
+def _head(column: Column, side: Side) -> tuple[str, str]:
+    if column in METHODS:
+        return ("LoRA 16-bit", "") if column == "lora" else ("QLoRA 4-bit", "")
+    if column == "streamed":
+        return "LoRA", "streamed"
+    layers = kept_layers(side.recipe) if side.outlook else 0
+    return "QLoRA", f"+ {layers} layers" if layers else "+ layers"
+
+
+def rows_of(sides: Sides, *, waiting: bool) -> list[tuple[str, ...]]:
+    """Return the rows of the table: what it is, then a cell for each column.
 
     Args:
-        sides: Both methods.
+        sides: The columns.
         waiting: Whether the largest batches are still being worked out.
     """
-    pair = [sides[method] for method in METHODS]
-    devices = [side.outlook.estimate.device for side in pair]
-    trained = [side.outlook.estimate.trainable_parameters for side in pair]
-    rows = [
-        ("base held in", *(side.held_in for side in pair)),
-        ("peak GiB, est.", *(gib(device.expected) for device in devices)),
-        ("its range", *(f"{gib(device.low)}-{gib(device.high)}" for device in devices)),
+    every = list(sides.values())
+    rows: list[tuple[str, ...]] = [
+        ("base held in", *(side.held_in if side.outlook else WAITING for side in every)),
+        ("VRAM GiB est.", *_of_outlook(every, lambda one: gib(one.estimate.device.expected))),
+        ("its range", *_of_outlook(every, lambda one: _ends(one.estimate.device))),
     ]
-    if any(side.outlook.verdict for side in pair):
-        rows.append(("on this card", *(side.outlook.verdict or UNKNOWN for side in pair)))
-        rows.append(("largest batch", *(_batch(side.largest, waiting) for side in pair)))
-    rows += _pace_rows(pair, waiting)
+    if "streamed" in sides or any(side.host_bytes for side in every):
+        rows.append(("main memory", *_of_outlook(every, lambda one: _waits(one.estimate.host.total))))
+    if any(side.verdict for side in every):
+        rows.append(("on this card", *(side.verdict or (UNKNOWN if side.outlook else WAITING) for side in every)))
+        rows.append(("largest batch", *(_batch(side.largest, waiting) for side in every)))
+    rows += _pace_rows(sides, waiting)
     rows += [
-        ("trained", *(f"{count / 1e6:.1f} M" for count in trained)),
-        ("adapter file", *(_size(count * ADAPTER_BYTES_PER_PARAMETER) for count in trained)),
-        ("merge", "into 16-bit", "through 16-bit"),
-        *_quality_rows(pair),
-        ("use", *_uses(pair)),
+        ("trained", *_of_outlook(every, lambda one: f"{one.estimate.trainable_parameters / 1e6:.1f} M")),
+        (
+            "adapter file",
+            *_of_outlook(every, lambda one: _size(one.estimate.trainable_parameters * ADAPTER_BYTES_PER_PARAMETER)),
+        ),
+        ("merge", *("into 16-bit" if side.recipe.method == "lora" else "via 16-bit" for side in every)),
+        *_quality_rows(sides),
+        ("use", *_uses(sides)),
     ]
-    return [(row[0], row[1], row[2]) for row in rows]
+    return rows
 
 
-def footnote(sides: dict[Method, Side]) -> str:
+def _of_outlook(every: list[Side], told: Callable[[Outlook], str]) -> list[str]:
+    return [told(side.outlook) if side.outlook else WAITING for side in every]
+
+
+def _ends(device: Range) -> str:
+    return f"{gib(device.low)}-{gib(device.high)}"
+
+
+def _waits(size_bytes: int) -> str:
+    return gib(size_bytes) if size_bytes else "-"
+
+
+def footnote(sides: Sides) -> str:
     """Return what no cell of the table can say: how methods merge, what 4 bits cost, where the speed comes from."""
     pace = sides["lora"].pace
     speed = "" if pace is None else f" Speed: {pace.speed.basis}." if pace.speed else f" Speed: {pace.why_not}."
-    words = _quality_words([sides[method] for method in METHODS])
-    return f"Rows with est. are estimates. {MERGE} {words}{speed}"
+    if pace and pace.speed and pace.speed.launch_bound:
+        speed += " It is launch-bound: more rows at once cost little time."
+    between = ""
+    if "streamed" in sides:
+        between += " LoRA streamed learns as LoRA does; no card has run it yet."
+    if "mixed" in sides and not sides["mixed"].measured:
+        between += " In 16 bit are what the recipe names, else the first and last layers: the worst were not measured."
+    return f"Rows with est. are estimates. {MERGE} {_quality_words(sides)}{between}{speed}"
 
 
-def _quality_rows(pair: list[Side]) -> list[tuple[str, str, str]]:
+def _raced(sides: Sides) -> tuple[LaneResult, LaneResult] | None:
+    """Return what a race measured of LoRA and of QLoRA; None without one."""
+    lora, qlora = sides["lora"].measured, sides["qlora"].measured
+    return None if lora is None or qlora is None else (lora, qlora)
+
+
+def _between(sides: Sides, *cells: str) -> list[str]:
+    """Return cells for LoRA and QLoRA, with what is told of the columns between them."""
+    told: dict[Column, str] = {"streamed": "as LoRA", "mixed": "not measured"}
+    return [told.get(column) or cells[METHODS.index("lora" if column == "lora" else "qlora")] for column in sides]
+
+
+def _quality_rows(sides: Sides) -> list[tuple[str, ...]]:
     """Return the held-out losses and speeds that a race measured; without a race, a row that says so."""
-    lora, qlora = (side.measured for side in pair)
-    if lora is None or qlora is None:
-        return [("quality", "the reference", "not measured")]
+    if (pair := _raced(sides)) is None:
+        return [("fidelity", *_between(sides, "reference", "not measured"))]
+    lora, qlora = pair
     more = qlora.more
-    span = f"{more.low:+.3f} to {more.high:+.3f}" if more.low is not None and more.high is not None else UNKNOWN
+    span = f"{_short(more.low)}..{_short(more.high)}" if more.low is not None and more.high is not None else UNKNOWN
     paces = [UNKNOWN if (pace := one.tokens_per_second) is None else f"{pace:,.0f}" for one in (lora, qlora)]
     return [
-        ("loss, measured", f"{lora.loss.value:.3f}", f"{qlora.loss.value:.3f}"),
-        ("4 bit adds", UNKNOWN, span),
-        ("tok/s, raced", paces[0], paces[1]),
+        ("held-out loss", *_between(sides, f"{lora.loss.value:.3f}", f"{qlora.loss.value:.3f}")),
+        ("4 bit adds", *_between(sides, UNKNOWN, span)),
+        ("tok/s, raced", *_between(sides, *paces)),
     ]
 
 
-def _uses(pair: list[Side]) -> tuple[str, str]:
-    """Return when to use each method, judged by a race where one was run, else by memory alone."""
-    qlora = pair[1].measured
-    if qlora is None or pair[0].measured is None:
-        return "where it fits", "on less memory"
-    sign = seen_sign(qlora.more)  # of the loss of QLoRA above that of LoRA; 0 where no difference can be seen
-    if sign > 0:
-        return "learns better", "saves memory"
-    return ("as good", "as good, leaner") if sign == 0 else ("where it fits", "learns better")
+def _short(value: float) -> str:
+    """Return a difference of losses with its sign: `+.018`."""
+    return f"{value:+.3f}".replace("0.", ".", 1)
 
 
-def _quality_words(pair: list[Side]) -> str:
-    raced = [side.measured for side in pair if side.measured]
-    if len(raced) < len(pair):
+def _uses(sides: Sides) -> list[str]:
+    """Return when to use each column, judged by a race where one was run, else by memory alone."""
+    words = ("if it fits", "less memory")
+    if (pair := _raced(sides)) is not None:
+        sign = seen_sign(pair[1].more)  # of the loss of QLoRA above that of LoRA; 0 where no difference can be seen
+        words = ("learns more", "saves memory") if sign > 0 else ("as good", "as good") if sign == 0 else words
+        words = ("if it fits", "learns more") if sign < 0 else words
+    told: dict[Column, str] = {"lora": words[0], "qlora": words[1], "streamed": "costs time", "mixed": "spends room"}
+    return [told[column] for column in sides]
+
+
+def _quality_words(sides: Sides) -> str:
+    if (pair := _raced(sides)) is None:
         return QUALITY
-    steps, tokens = raced[0].steps, raced[0].tokens
-    rests = f"a race of {steps} steps each, {tokens} held-out tokens, 95 % interval"
+    rests = f"a race of {pair[0].steps} steps each, {pair[0].tokens} held-out tokens, 95 % interval"
     return f"Losses and raced speed are measured here: {rests}."
 
 
-def _pace_rows(pair: list[Side], waiting: bool) -> list[tuple[str, str, str]]:
+def _pace_rows(sides: Sides, waiting: bool) -> list[tuple[str, ...]]:
     """Return the rows on speed and time; hours only where the data can be looked at."""
-    paces = [side.pace for side in pair]
-    if None in paces:
-        return [("tok/s, est.", WAITING, WAITING)] if waiting else []
-    rows = [("tok/s, est.", *(_rates(pace) for pace in paces if pace))]
-    slowdown = paces[1].slowdown if paces[1] else None
-    if slowdown:
-        rows.append(("a step, est.", "1", f"x{slowdown[0]:.2f}-{slowdown[2]:.2f}"))
-    if any(pace.duration for pace in paces if pace):
-        rows.append(("time, est.", *(_hours(pace) for pace in paces if pace)))
-    return [(row[0], row[1], row[2]) for row in rows]
+    every = list(sides.values())
+    if any(side.pace is None for side in every):
+        return [("tok/s, est.", *(WAITING for _ in every))] if waiting else []
+    paces = [side.pace for side in every if side.pace]
+    rows: list[tuple[str, ...]] = [("tok/s, est.", *(_rates(pace) for pace in paces))]
+    slower = [_slower(column, pace) for column, pace in zip(sides, paces, strict=True)]
+    if any(slower[1:]):
+        rows.append(("a step, est.", *(word or "1" for word in slower)))
+    if any(pace.duration for pace in paces):
+        rows.append(("time, est.", *(_hours(pace) for pace in paces)))
+    return rows
+
+
+def _slower(column: Column, pace: Pace) -> str:
+    """Return how many times as long a step takes as LoRA's; empty for LoRA, and where that is not known."""
+    factor = {"lora": None, "streamed": pace.copying}.get(column, pace.slowdown)
+    ends = [f"{factor[0]:.2f}", f"{factor[2]:.2f}"] if factor else []
+    return f"x{'-'.join(dict.fromkeys(ends))}" if ends else ""
 
 
 def _rates(pace: Pace) -> str:

@@ -1,6 +1,7 @@
 """The forecast without a screen: estimates, budgets, largest batches, fixes, and the words they become."""
 
 import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import pytest
 from studio.core.errors import BadInput
 from studio.core.gpu_catalogue import GIB
 from studio.core.intervals import Interval
+from studio.core.layer_precision import layers_in_sixteen_bit
+from studio.core.placement.columns import column_of
 from studio.core.recipe import Recipe
 from studio.core.shape_from_config import shape_from_config
 from studio.probe.cards import Card, CardProcess, Driver
@@ -21,7 +24,7 @@ from studio.tui import trade
 from studio.tui.forecast import Forecaster, outlook_or_reason
 from studio.tui.panels.fixes import applied_text, fix_lines
 from studio.tui.panels.forecast_text import over_budget_text, table_text
-from studio.tui.reading import peak_words, reading_of, rows_words
+from studio.tui.reading import host_reading, host_words, peak_words, reading_of, rows_words
 from studio.tui.services import Services
 from studio.tui.setup_texts import machine_text
 from studio.tui.trade import footnote, rows_of, sides_of
@@ -190,32 +193,117 @@ def test_the_table_has_both_methods_and_no_invented_rows() -> None:
     forecaster = on_4090()
     sides = sides_of(SMALL, forecaster, batches=True)
     assert sides["qlora"].outlook == forecaster.outlook(SMALL)
-    rows = {label: (lora, qlora) for label, lora, qlora in rows_of(sides, waiting=False)}
-    assert rows["trained"] == ("41.9 M", "41.9 M")
-    assert rows["adapter file"] == ("160 MiB", "160 MiB")
-    assert rows["largest batch"] == (str(sides["lora"].largest), str(sides["qlora"].largest))
-    assert rows["quality"] == ("the reference", "not measured")
-    assert rows["base held in"] == ("16-bit", "nf4+dq")
-    assert rows["use"] == ("where it fits", "on less memory")
-    told = table_text(sides, "qlora", waiting=False).plain
+    assert list(sides) == ["lora", "qlora", "streamed", "mixed"]
+    rows = {row[0]: row[1:] for row in rows_of(sides, waiting=False)}
+    assert rows["trained"] == ("41.9 M",) * 4
+    assert rows["adapter file"] == ("160 MiB",) * 4
+    assert rows["largest batch"] == tuple(str(side.largest) for side in sides.values())
+    assert rows["fidelity"] == ("reference", "not measured", "as LoRA", "not measured")
+    assert rows["base held in"] == ("16-bit", "nf4+dq", "16-bit", "nf4 and more")
+    assert rows["use"] == ("if it fits", "less memory", "costs time", "spends room")
+    told = table_text(sides, SMALL, waiting=False, width=65).plain
     assert "•QLoRA 4-bit" in told
     assert " LoRA 16-bit" in told
     assert "LitGPT" in footnote(sides)
     waiting = {row[0]: row[1:] for row in rows_of(sides_of(SMALL, forecaster, batches=False), waiting=True)}
-    assert waiting["largest batch"] == ("...", "...")
-    for side in ("lora", "qlora"):
-        assert sides[side].pace is not None
-    lora, qlora = rows["tok/s, est."]
+    assert waiting["largest batch"] == ("...",) * 4
+    assert waiting["main memory"] == ("-", "-", "...", "...")
+    assert all(side.pace is not None for side in sides.values())
+    lora, qlora, _, _ = rows["tok/s, est."]
     assert lora != qlora
     assert rows["a step, est."][1].startswith("x1.")
     assert rows["time, est."][0].endswith("min")
     assert "Speed: a roofline" in footnote(sides)
-    assert waiting["tok/s, est."] == ("...", "...")
+    assert waiting["tok/s, est."] == ("...",) * 4
     unknown = sides_of(SMALL, on(PlanDevice()), batches=True)
-    assert {row[0]: row[1:] for row in rows_of(unknown, waiting=False)}["tok/s, est."] == ("not known", "not known")
+    assert {row[0]: row[1:] for row in rows_of(unknown, waiting=False)}["tok/s, est."] == ("not known",) * 3
     bare = [row[0] for row in rows_of(unknown, waiting=False)]
     assert "on this card" not in bare
     assert "largest batch" not in bare
+
+
+def test_what_lies_between_lora_and_qlora_has_its_price() -> None:
+    """On 12 GB LoRA does not fit: as few layers as needed wait, and as many as fit stay in 16 bit."""
+    shape = shape_from_config(EIGHT_B)
+    forecaster = Forecaster(shape, card_of("RTX 4070"), ram_bytes=32 * GIB)
+    sides = sides_of(SMALL, forecaster, batches=True)
+    rows = {row[0]: row[1:] for row in rows_of(sides, waiting=False)}
+    assert rows["on this card"] == ("does not fit", "fits", "fits", "fits")
+    layers = sides["streamed"].recipe.model.stream
+    assert isinstance(layers, int)
+    assert 2 < layers < shape.layers
+    fewer = sides["streamed"].recipe.with_("model.stream", layers - 1)
+    assert forecaster.outlook(fewer).verdict != "fits"
+    assert rows["main memory"][:2] == ("-", "-")
+    assert float(rows["main memory"][2]) == pytest.approx(sides["streamed"].host_bytes / GIB, abs=0.05)
+    assert sides["mixed"].recipe.model.precision == layers_in_sixteen_bit((0, 1, 2, 3, 28, 29, 30, 31))
+    for recipe in (sides["streamed"].recipe, sides["mixed"].recipe):
+        assert sides_of(recipe, forecaster, batches=True)[column_of(recipe)].recipe == recipe, "marked, and as it is"
+    poor = Forecaster(shape, card_of("RTX 4070"), ram_bytes=4 * GIB)
+    assert sides_of(SMALL, poor, batches=True)["streamed"].verdict == "lacks RAM"
+    assert all(len(cell) < 13 for row in rows_of(sides, waiting=False) for cell in row[1:]), "what 120 columns leave"
+
+
+def test_a_table_leaves_out_columns_that_have_no_room() -> None:
+    sides = sides_of(SMALL, on_4090(), batches=True)
+    streamed = sides["streamed"].recipe
+    for recipe, width, heads in (
+        (SMALL, 75, ["LoRA 16-bit", "•QLoRA 4-bit", "LoRA streamed", "QLoRA+8 layers"]),
+        (SMALL, 64, ["LoRA 16-bit", "•QLoRA 4-bit", "LoRA streamed"]),
+        (SMALL, 30, ["LoRA 16-bit", "•QLoRA 4-bit"]),
+        (streamed, 30, ["LoRA 16-bit", "QLoRA 4-bit", "•LoRA"]),
+    ):
+        lines = table_text(sides, recipe, waiting=False, width=width).plain.splitlines()
+        assert re.split(r"\s{2,}|\s(?=•)", lines[0].strip()) == heads
+        assert width < 50 or max(map(len, lines)) <= width
+
+
+def test_main_memory_has_a_gauge_where_something_waits_there() -> None:
+    forecaster = Forecaster(shape_from_config(EIGHT_B), card_of(), ram_bytes=16 * GIB)
+    assert host_reading(forecaster.outlook(SMALL), forecaster.ram_bytes).parts == ()
+    streamed = SMALL.with_("method", "lora").with_("model.stream", 32).with_("train.offload_checkpoints", True)
+    outlook = forecaster.outlook(streamed)
+    total = outlook.estimate.host.total
+    for ram, verdict, level in (
+        (int(total / 0.85) + 2, "fits", "good"),
+        (total, "tight", "doubtful"),
+        (total - 1, "does not fit", "bad"),
+    ):
+        reading = host_reading(outlook, ram)
+        assert [part.label for part in reading.parts] == ["weights", "checkpoints"]
+        assert reading.total == pytest.approx(total / GIB)
+        assert reading.capacity == pytest.approx(ram / GIB)
+        assert (reading.verdict, reading.level) == (verdict, level)
+        assert bool(host_words(outlook, ram)) == (level != "good")
+    assert "The card is not the limit" in host_words(outlook, total - 1)
+    assert host_words(outlook, None) == ""
+    paged = SMALL.with_("adapter.rank", 1024).with_("train.optimizer", "paged_adamw_32bit")
+    small = Forecaster(shape_from_config(EIGHT_B), card_of("RTX 3060"), ram_bytes=16 * GIB)
+    assert [part.label for part in host_reading(small.outlook(paged), 16 * GIB).parts] == ["paged states"]
+
+
+def test_a_base_is_streamed_only_where_nothing_gentler_fits() -> None:
+    shape = shape_from_config(EIGHT_B)
+    rich = Forecaster(shape, card_of(), ram_bytes=64 * GIB)
+    assert rich.fix_that_fits(LARGE) == on_4090().fix_that_fits(LARGE), "something gentler is enough"
+    streamed = rich.single_fixes(LARGE)[-1]
+    assert streamed.changes[0].change.settings[0][0] == "model.stream"
+    assert [fix.settings for fix in rich.single_fixes(LARGE)[:-1]] == [
+        fix.settings for fix in on_4090().single_fixes(LARGE)
+    ]
+    told = fix_lines([streamed], None, over=False)[0][1].plain
+    assert "layers streamed from main memory" in told
+    assert f"{streamed.estimate.host.total / GIB:.1f} GiB of main memory" in told
+    assert "no card has run it yet" in told
+    tight = PlanDevice(card_of().gpu, 5 * GIB)
+    least = SMALL.with_("train.micro_batch", 1)
+    assert on(tight).fix_that_fits(least) is None
+    fix = Forecaster(shape, tight, ram_bytes=64 * GIB).fix_that_fits(least)
+    assert fix is not None
+    assert fix.fits
+    assert "model.stream" in dict(fix.settings)
+    assert fix.price.startswith("step x"), "what it costs in time"
+    assert Forecaster(shape, tight, ram_bytes=2 * GIB).fix_that_fits(least) is None, "main memory would not hold it"
 
 
 def test_a_race_on_this_model_and_data_replaces_what_was_published(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,13 +314,13 @@ def test_a_race_on_this_model_and_data_replaces_what_was_published(monkeypatch: 
         sides = sides_of(SMALL, on_4090(), batches=True)
         rows = {row[0]: row[1:] for row in rows_of(sides, waiting=False)}
         told = footnote(sides)
-        assert ("quality" in rows) is not measured
+        assert ("fidelity" in rows) is not measured
         assert ("LitGPT" in told) is not measured
         if measured:
-            assert rows["loss, measured"] == ("2.787", "2.805")
-            assert rows["4 bit adds"][1] == "+0.004 to +0.031"
-            assert rows["tok/s, raced"] == ("120", "-")
-            assert rows["use"] == ("learns better", "saves memory")
+            assert rows["held-out loss"] == ("2.787", "2.805", "as LoRA", "not measured")
+            assert rows["4 bit adds"] == ("-", "+.004..+.031", "as LoRA", "not measured")
+            assert rows["tok/s, raced"][:2] == ("120", "-")
+            assert rows["use"][:2] == ("learns more", "saves memory")
             assert "40 steps each, 900 held-out tokens" in told
 
 

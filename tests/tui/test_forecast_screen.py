@@ -12,15 +12,20 @@ from textual.widgets import OptionList
 from studio.core.errors import BadInput
 from studio.core.gpu_catalogue import GIB
 from studio.core.recipe import Recipe
+from studio.core.shape_from_config import shape_from_config
+from studio.core.vram.report import VramEstimate
+from studio.core.vram.setup import Setup
 from studio.probe.plan import PlanDevice
 from studio.runs.show import Summary
 from studio.tui.app import StudioApp
 from studio.tui.forecast import Forecaster
 from studio.tui.panels.data_note import DataNote
 from studio.tui.panels.fixes import FixList
+from studio.tui.panels.forecast import GaugeRows
 from studio.tui.screens.cards import CardScreen
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.dialogs import AskTurn, Confirm
+from studio.tui.screens.fill import FillScreen
 from studio.tui.screens.run import RunScreen
 from studio.tui.services import Services
 from tests.tui.stories import (
@@ -102,7 +107,7 @@ def test_one_row_is_always_in_sight_where_there_is_room_for_little(tmp_path: Pat
         assert shown(app).splitlines()[1] != row, "the row follows"
         await pilot.resize_terminal(*WIDE)
         await settle(pilot)
-        assert not screen_of(app).query_one("#gauge-row").display
+        assert not screen_of(app).query_one(GaugeRows).display
         assert "largest batch" in shown(app)
 
     play(story, tmp_path, size=NARROW)
@@ -164,7 +169,7 @@ def test_fixes_are_chosen_from_a_list_and_a_needless_length_frightens_nobody(tmp
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         screen = screen_of(app)
         await until(pilot, lambda: "x Fixes" in shown(app) and "f makes it fit" in shown(app))
-        assert "every row counted as 16 384 tokens long" in " ".join(shown(app).replace("│", " ").split())
+        assert "counted as 16 384 tokens long" in " ".join(shown(app).replace("│", " ").split())
         fixes = screen.query_one(FixList)
         third = fixes._offered[2]
         assert third is not None
@@ -415,3 +420,81 @@ def test_the_real_services_size_a_folder_and_keeps_the_card(tmp_path: Path, monk
             services.forecaster(recipe.with_("model.base", word), "")
     services.keep_planned("RTX 4090")
     assert services.recall_planned() == "RTX 4090"
+
+
+def roomy(recipe: Recipe, planned: str, ram_bytes: int = 64 * GIB) -> Forecaster:
+    """An eight-billion model on an RTX 4070, beside some main memory."""
+    return Forecaster(shape_from_config(EIGHT_B), card_of("RTX 4070"), ram_bytes=ram_bytes)
+
+
+def test_one_key_fills_the_card_and_one_takes_it_back(tmp_path: Path) -> None:
+    recipe = Recipe(method="qlora").with_("train.micro_batch", 2)
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await forecast(pilot, app)
+        await pilot.press("F")
+        assert isinstance(app.screen, FillScreen)
+        screen = app.screen
+        await until(pilot, lambda: len(screen.planned) == 3)
+        told = shown(app)
+        for part in ("the fastest settings that fit", "tokens/s, x", "layers keep their activations", "GiB  x1."):
+            assert part in told
+        plans = list(screen.planned.values())
+        await pilot.press("down", "enter")
+        assert screen_of(app).recipe == plans[1]
+        assert plans[1] is not None
+        assert (plans[1].method, plans[1].model.stream) == ("lora", 32)
+        await until(pilot, lambda: "layers streamed" not in shown(app) and "RAM" in shown(app))
+        await pilot.press("u")
+        assert screen_of(app).recipe == recipe, "one change"
+
+    play(story, tmp_path, recipe=recipe, services=services_that(Asked(), forecaster=roomy))
+
+
+def test_a_plan_that_nobody_waits_for_ends(tmp_path: Path) -> None:
+    asked, go = threading.Event(), threading.Event()
+    ended: list[int] = []
+
+    class Slow(Forecaster):
+        def estimate(self, setup: Setup) -> VramEstimate:
+            asked.set()
+            go.wait(10)
+            ended.append(1)
+            return super().estimate(setup)
+
+    def slow(recipe: Recipe, planned: str) -> Forecaster:
+        return Slow(shape_from_config(EIGHT_B), card_of("RTX 4070"), ram_bytes=64 * GIB)
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await forecast(pilot, app)
+        await pilot.press("F")
+        assert await asyncio.to_thread(asked.wait, 10)
+        await pilot.press("escape")
+        assert isinstance(app.screen, ConfigureScreen), "escape does not wait"
+        go.set()
+        await settle(pilot)
+        assert len(ended) == 1, "nothing is estimated after escape"
+
+    play(story, tmp_path, services=services_that(Asked(), forecaster=slow))
+
+
+def test_a_small_screen_gets_a_row_for_main_memory_and_a_warning_before_a_launch(tmp_path: Path) -> None:
+    recipe = Recipe(method="lora").with_("model.stream", 32)
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await forecast(pilot, app)
+        rows = shown(app).splitlines()
+        assert rows[1].startswith(" VRAM █")
+        assert "fits" in rows[1]
+        assert rows[2].startswith(" RAM  █")
+        assert "does not fit" in rows[2]
+        await pilot.press("v")
+        assert "Main memory is too small" in shown(app)
+        await pilot.press("r")
+        await until(pilot, lambda: isinstance(app.screen, Confirm))
+        assert "Main memory is too small." in shown(app)
+
+    def poor(recipe: Recipe, planned: str) -> Forecaster:
+        return roomy(recipe, planned, 8 * GIB)
+
+    play(story, tmp_path, size=NARROW, recipe=recipe, services=services_that(Asked(), forecaster=poor))

@@ -135,9 +135,11 @@ def fix_lines(
 
 
 def saving_words(fix: "Fix") -> str:
-    """Return what a fix saves, and whether it fits then; without a card that is not known."""
+    """Return what a fix saves, what it takes of main memory, and whether it fits; without a card that is not known."""
     then = {"fits": "", "tight": ", then tight"}.get(fix.verdict, ", not enough alone") if fix.budget_bytes else ""
-    return f"-{gib(fix.saved_bytes)} GiB{then}"
+    streams = any(path == "model.stream" for path, _ in fix.settings)
+    waits = f", {gib(fix.estimate.host.total)} GiB of main memory" if streams else ""
+    return f"-{gib(fix.saved_bytes)} GiB{waits}{then}"
 
 
 def applied_text(fix: "Fix") -> str:

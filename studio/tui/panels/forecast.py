@@ -11,7 +11,7 @@ from textual.timer import Timer
 from textual.widgets import Static
 
 from studio.core.errors import StudioError
-from studio.core.recipe import Method, Recipe
+from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.tui.panels.fixes import FixList
 from studio.tui.services import Services
@@ -20,10 +20,35 @@ from widgets.gauge import Gauge, Reading
 if TYPE_CHECKING:  # the estimator takes 0.1 s to import: a thread brings it after the first frame
     from studio.core.fit import Fix
     from studio.tui.forecast import Forecaster, Outlook
-    from studio.tui.trade import Side
+    from studio.tui.trade import Sides
 
 _PRICE_AFTER_SECONDS = 0.15
 _READING = "reading the model ..."
+
+
+class GaugeRows(Vertical):
+    """A row for the card's memory, and one for main memory where something waits there: all that a small screen has."""
+
+    DEFAULT_CSS = """
+    GaugeRows {
+        height: auto;
+        & Gauge { height: 1; padding: 0 1; }
+        & #host-row { display: none; }
+        & #host-row.-shown { display: block; }
+    }
+    """
+
+    def compose(self) -> ComposeResult:
+        """Make both rows."""
+        yield Gauge(unit="GiB", label="VRAM", id="gauge-row")
+        yield Gauge(unit="GiB", label="RAM ", id="host-row")
+
+    def show(self, reading: Reading, host: Reading) -> bool:
+        """Show what the forecast's gauges show; return whether the level of the first one changed."""
+        row, beside = self.query_one("#gauge-row", Gauge), self.query_one("#host-row", Gauge)
+        before, row.reading, beside.reading = row.reading.level, reading, host
+        beside.set_class(bool(host.parts), "-shown")
+        return before != reading.level
 
 
 class Forecast(VerticalScroll):
@@ -41,6 +66,10 @@ class Forecast(VerticalScroll):
             border-title-style: bold;
             border-title-color: $text-primary;
         }
+        & #host { height: 1; display: none; }
+        & #host.-shown { display: block; }
+        & #host-words { color: $text-error; display: none; }
+        & #host-words.-shown { display: block; }
         & #footnote { color: $text-muted; margin: 1 0 0 0; }
     }
     """
@@ -48,10 +77,10 @@ class Forecast(VerticalScroll):
     class Told(Message):
         """The gauge shows something else."""
 
-        def __init__(self, reading: Reading) -> None:
-            """Carry what it shows."""
+        def __init__(self, reading: Reading, host: Reading) -> None:
+            """Carry what it shows, and what the gauge of main memory does."""
             super().__init__()
-            self.reading = reading
+            self.reading, self.host = reading, host
 
     class PlannedFor(Message):
         """Another card is planned for."""
@@ -76,7 +105,7 @@ class Forecast(VerticalScroll):
             self,
             recipe: Recipe,
             forecaster: "Forecaster",
-            sides: "dict[Method, Side]",
+            sides: "Sides",
             fixes: "list[Fix]",
             first: "Fix | None",
         ) -> None:
@@ -98,18 +127,26 @@ class Forecast(VerticalScroll):
         """Whether it begins only when its screen is shown again."""
         self._longest_tokens: int | None = None
         self._fixes: tuple[list[Fix], Fix | None, bool] = [], None, False
+        self._table: tuple[Sides, bool] | None = None
 
     def compose(self) -> ComposeResult:
         """Make the parts: gauge with its words, what makes it fit, table with its footnote."""
         with Vertical(id="peak-panel") as panel:
             panel.border_title = "Memory at the peak"
             yield Gauge(unit="GiB", id="gauge")
+            yield Gauge(unit="GiB", label="RAM", id="host")
+            yield Static("", id="host-words", markup=False)
             yield Static("", id="peak", markup=False)
         yield FixList(id="fixes")
         with Vertical(id="trade-panel") as panel:
             panel.border_title = "The trade, for this model, data and card"
             yield Static("", id="trade", markup=False)
             yield Static("", id="footnote", markup=False)
+
+    def on_resize(self) -> None:
+        """Show as many columns of the table as there is room for."""
+        if self._table is not None and self.forecaster is not None:
+            self.call_after_refresh(self._show_table, self._table[0], waiting=self._table[1])
 
     def look(self, planned: str | None = None) -> None:
         """Find the model and the card anew, in a thread.
@@ -240,14 +277,15 @@ class Forecast(VerticalScroll):
             self._show_reason(self._reason)
             return
         from studio.tui.forecast import outlook_or_reason  # noqa: PLC0415  a thread has imported it by now
-        from studio.tui.reading import reading_of  # noqa: PLC0415
+        from studio.tui.reading import host_reading, reading_of  # noqa: PLC0415
 
         outlook = outlook_or_reason(self.forecaster, self._recipe)
         if isinstance(outlook, str):
             self._show_reason(outlook)
             return
         short = outlook.verdict in ("tight", "does not fit")
-        self._show_reading(reading_of(outlook, self.forecaster.fix_for_nothing(self._recipe) if short else None))
+        free = self.forecaster.fix_for_nothing(self._recipe) if short else None
+        self._show_reading(reading_of(outlook, free), host_reading(outlook, self.forecaster.ram_bytes))
         self.call_after_refresh(self._show_words, self._recipe, outlook, self.forecaster)  # the gauge is drawn first
         self._price_soon()
 
@@ -262,24 +300,29 @@ class Forecast(VerticalScroll):
         self._show_table(sides_of(recipe, forecaster, batches=False), waiting=True)
 
     def _show_peak(self, outlook: "Outlook", forecaster: "Forecaster") -> None:
-        from studio.tui.reading import peak_words, rows_words  # noqa: PLC0415  with the estimator
+        from studio.tui.reading import host_words, peak_words, rows_words  # noqa: PLC0415  with the estimator
 
+        warning = host_words(outlook, forecaster.ram_bytes)
+        self._update("#host-words", Content(warning))
+        self.query_one("#host-words").set_class(bool(warning), "-shown")
         rows = rows_words(self._recipe, self._longest_tokens)
         first, *others = peak_words(outlook, forecaster.device, rows, keys=self._keys_named)
         self._update("#peak", Content.assemble(first, *((f"\n{line}", "dim") for line in others)))
 
     def _show_reason(self, reason: str) -> None:
-        self._show_reading(Reading(verdict=plain(reason, one_line=True, limit=200)))
+        self._show_reading(Reading(verdict=plain(reason, one_line=True, limit=200)), Reading())
+        self.query_one("#host-words").remove_class("-shown")
         self._update("#peak", Content(plain(reason) if reason != _READING else ""))
         self._update("#trade", Content(""))
         self._update("#footnote", Content(""))
         self._show_fixes([], None)
 
-    def _show_reading(self, reading: Reading) -> None:
-        gauge = self.query_one(Gauge)
-        if reading != gauge.reading:
-            gauge.reading = reading
-            self.post_message(self.Told(reading))
+    def _show_reading(self, reading: Reading, host: Reading) -> None:
+        gauge, beside = self.query_one("#gauge", Gauge), self.query_one("#host", Gauge)
+        if (reading, host) != (gauge.reading, beside.reading):
+            gauge.reading, beside.reading = reading, host
+            beside.set_class(bool(host.parts), "-shown")
+            self.post_message(self.Told(reading, host))
 
     def _price_soon(self) -> None:
         if self._price_timer is not None:
@@ -290,11 +333,13 @@ class Forecast(VerticalScroll):
         if self.forecaster is not None:
             self._price(self._recipe, self.forecaster)
 
-    def _show_table(self, sides: "dict[Method, Side]", *, waiting: bool) -> None:
+    def _show_table(self, sides: "Sides", *, waiting: bool) -> None:
         from studio.tui.panels.forecast_text import table_text  # noqa: PLC0415  with the estimator
         from studio.tui.trade import footnote  # noqa: PLC0415  as above
 
-        self._update("#trade", table_text(sides, self._recipe.method, waiting=waiting))
+        self._table = sides, waiting
+        width = self.query_one("#trade").content_size.width or self.size.width
+        self._update("#trade", table_text(sides, self._recipe, waiting=waiting, width=width))
         self._update("#footnote", Content(footnote(sides)))
 
     def _show_fixes(self, fixes: "list[Fix]", first: "Fix | None", *, over: bool = False) -> None:

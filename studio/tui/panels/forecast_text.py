@@ -4,36 +4,52 @@ from textual.content import Content
 
 from studio.core.errors import StudioError
 from studio.core.fit import Fix
-from studio.core.recipe import Method, Recipe
+from studio.core.placement.columns import column_of
+from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.probe.plan import PlanDevice
 from studio.tui.forecast import Outlook
 from studio.tui.panels.fixes import saving_words
-from studio.tui.panels.recipe_form import SHOWN
 from studio.tui.readable import gib
-from studio.tui.reading import STAGES, others_words
+from studio.tui.reading import STAGES, host_words, others_words
 from studio.tui.services import Services
-from studio.tui.trade import METHODS, Side, rows_of
+from studio.tui.trade import METHODS, Sides, heads_of, rows_of
 
-_LABEL, _COLUMN = 15, 16
-_STYLES = {"fits": "$text-success", "tight": "$text-warning", "does not fit": "$text-error"}
+_LABEL, _CELL = 13, 13
+"""Cells of a label, and of a column where room is short."""
+_ROOMY_CELL, _WIDEST_CELL = 15, 16
+"""Cells from which on a column's name takes one row, and the most that a column gets."""
+_STYLES = {"fits": "$text-success", "tight": "$text-warning"} | dict.fromkeys(
+    ("does not fit", "lacks RAM"), "$text-error"
+)
 
 _Parts = list[str | tuple[str, str]]
 
 
-def table_text(sides: dict[Method, Side], method: Method, *, waiting: bool) -> Content:
-    """Return the trade as rows; the method in use is marked.
+def table_text(sides: Sides, recipe: Recipe, *, waiting: bool, width: int) -> Content:
+    """Return the trade as rows; the column of the recipe is marked.
 
     Args:
-        sides: Both methods.
-        method: The one in use.
+        sides: The columns; where they do not all fit, LoRA, QLoRA and the one in use stay.
+        recipe: The one in use.
         waiting: Whether the largest batches are still being worked out.
+        width: Cells that there are.
     """
-    heads = "".join(f"{'•' if key == method else ' '}{SHOWN[key]:{_COLUMN - 1}}" for key in METHODS)
-    parts: _Parts = [(f"{'':{_LABEL}}{heads.rstrip()}", "bold")]
+    own, heads = column_of(recipe), heads_of(sides)
+    spared = [column for column in reversed(sides) if column not in (*METHODS, own)]
+    spared = spared[: max(0, len(sides) - (width - _LABEL) // _CELL)]
+    sides = {column: side for column, side in sides.items() if column not in spared}
+    kept = [head for column, head in heads if column in sides]
+    cell = min(_WIDEST_CELL, max(_CELL, (width - _LABEL) // len(sides)))
+    if cell >= _ROOMY_CELL:
+        kept = [(f"{first} {second}".rstrip().replace(" + ", "+"), "") for first, second in kept]
+    marked = [("•" if column == own else " ") + first for column, (first, _) in zip(sides, kept, strict=True)]
+    parts: _Parts = [(f"{'':{_LABEL}}" + "".join(f"{head:{cell}}" for head in marked).rstrip(), "bold")]
+    if any(second for _, second in kept):
+        parts.append((f"\n{'':{_LABEL}}" + "".join(f" {second:{cell - 1}}" for _, second in kept).rstrip(), "bold"))
     for label, *values in rows_of(sides, waiting=waiting):
         parts.append((f"\n{label:{_LABEL}}", "dim"))
-        parts += [(f" {value:{_COLUMN - 1}}", _STYLES.get(value, "")) for value in values]
+        parts += [(f" {value:{cell - 1}}", _STYLES.get(value, "")) for value in values]
     return Content.assemble(*parts)
 
 
@@ -63,6 +79,12 @@ def over_budget_text(outlook: Outlook, device: PlanDevice, first: Fix | None, *,
         "\nLaunch it all the same?",
     ]
     return Content.assemble(*parts)
+
+
+def host_text(warning: str) -> Content:
+    """Return the question before a launch that main memory is too small for."""
+    parts: _Parts = [("Main memory is too small.\n", "$text-error bold"), f"{warning.partition('too small: ')[2]}\n"]
+    return Content.assemble(*parts, "\nLaunch it all the same?")
 
 
 def cpu_text(outlook: Outlook, planned: str, free_bytes: int | None) -> Content:
@@ -114,6 +136,6 @@ def question_before_launch(
         too_large = free_bytes is not None and outlook.estimate.device.low > free_bytes
         return cpu_text(outlook, planned, free_bytes if too_large else None) if planned or too_large else None
     if outlook.verdict != "does not fit":
-        return None
+        return host_text(warning) if (warning := host_words(outlook, forecaster.ram_bytes)) else None
     first = forecaster.fix_that_fits(recipe)
     return over_budget_text(outlook, forecaster.device, first, spills=services.spills())

@@ -20,11 +20,12 @@ from studio.tui.changes import Change, Changes, Keeper
 from studio.tui.panels.data_note import DataNote
 from studio.tui.panels.field_help import FieldHelp
 from studio.tui.panels.fixes import FixList, applied_text
-from studio.tui.panels.forecast import Forecast
+from studio.tui.panels.forecast import Forecast, GaugeRows
 from studio.tui.panels.recipe_form import RecipeForm
 from studio.tui.panels.top_bar import TopBar
 from studio.tui.screens.cards import CardScreen
 from studio.tui.screens.dialogs import AskTurn, Confirm
+from studio.tui.screens.fill import ask_to_fill
 from studio.tui.screens.recipe_dialogs import ask_to_open, ask_to_save
 from studio.tui.services import Services
 from studio.tui.told import Abandoned, ReadingTold
@@ -47,6 +48,7 @@ class ConfigureScreen(Screen[None]):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("r", "launch", "Run"),
         Binding("f", "make_fit", "Fit"),
+        Binding("F", "fill", "Fill"),
         Binding("u", "undo", "Undo"),
         Binding("ctrl+r", "redo", "Redo"),
         Binding("slash", "find", "Find", key_display="/"),
@@ -66,7 +68,6 @@ class ConfigureScreen(Screen[None]):
 
     DEFAULT_CSS = """
     ConfigureScreen {
-        & #gauge-row { height: 1; padding: 0 1; }
         & #tabs { padding: 0 1; }
         & #work { height: 1fr; layout: vertical; }
         & RecipeForm { height: 1fr; }
@@ -76,7 +77,7 @@ class ConfigureScreen(Screen[None]):
         &.-memory Forecast { display: block; }
     }
     ConfigureScreen.-wide {
-        & #gauge-row, & #tabs { display: none; }
+        & GaugeRows, & #tabs { display: none; }
         & #work { layout: grid; }
         & RecipeForm, & FieldHelp, & DataNote { height: 100%; border: round $foreground 40%; display: block; }
         & DataNote { text-wrap: wrap; }
@@ -95,13 +96,12 @@ class ConfigureScreen(Screen[None]):
         self._keeper = Keeper(self, recipe, services)
         self._keys_timer: Timer | None = None
         self._form, self.forecast = RecipeForm(recipe), Forecast(recipe, services=services)
-        self._changes = Changes()
-        self._left_field = _FIRST_FIELD
+        self._changes, self._left_field = Changes(), _FIRST_FIELD
 
     def compose(self) -> ComposeResult:
         """Make the parts: bar, gauge, form, forecast, advice, keys."""
         yield TopBar("Configure", card=self._services.card)
-        yield Gauge(unit="GiB", label="VRAM", id="gauge-row")
+        yield GaugeRows()
         yield TabRow([("recipe", "Recipe"), ("memory", "Memory, fixes, trade")], "recipe", id="tabs")
         with Container(id="work"):
             yield self._form
@@ -129,9 +129,7 @@ class ConfigureScreen(Screen[None]):
 
     def on_forecast_told(self, message: Forecast.Told) -> None:
         """Show the reading in a narrow screen's row at the top, too; its level decides whether `f` is offered."""
-        row = self.query_one("#gauge-row", Gauge)
-        before, row.reading = row.reading.level, message.reading
-        if before != message.reading.level:
+        if self.query_one(GaugeRows).show(message.reading, message.host):
             self.refresh_bindings()
 
     def on_forecast_planned_for(self, message: Forecast.PlannedFor) -> None:
@@ -149,6 +147,7 @@ class ConfigureScreen(Screen[None]):
         huge, work = self.size.width >= _HUGE_CELLS, self.query_one("#work").styles
         data_rows = 16 if self.size.height >= _HIGH_ROWS else 3
         work.grid_size_columns, work.grid_size_rows = (3, 2) if huge else (2, 3)
+        work.grid_columns = "5fr 6fr 5fr" if huge else "5fr 7fr"
         work.grid_rows = "12 1fr" if huge else f"1fr 10 {data_rows}" if self._form.unfolded else "14 10 1fr"
         self._form.styles.row_span, self.forecast.styles.row_span = (2, 2) if huge else (1, 3)
 
@@ -211,7 +210,7 @@ class ConfigureScreen(Screen[None]):
         """Offer keys only where they do something."""
         if action == "make_fit":
             return self.query_one("#gauge", Gauge).reading.level in ("doubtful", "bad") if self.is_mounted else False
-        if action == "find":
+        if action in ("find", "fill"):
             return not self._form.typing
         if action == "choose_fix":
             return self.is_mounted and self.query_one(FixList).has_class("-shown")
@@ -254,6 +253,13 @@ class ConfigureScreen(Screen[None]):
     def action_make_fit(self) -> None:
         """Make the recipe fit the card of the forecast."""
         self._form.after_turns(lambda: self._take_fix(self.forecast.fix_to_make()))
+
+    def action_fill(self) -> None:
+        """Offer settings that fill the card for an aim; what is taken is one change, which `u` takes back."""
+        self._form.after_turns(lambda: ask_to_fill(self.app, self.forecast.forecaster, self.recipe, self._refill))
+
+    def _refill(self, recipe: Recipe) -> None:
+        self._do(Change(self.recipe, recipe))
 
     def _take_fix(self, fix: "Fix | None") -> None:
         """Make a fix and say what was changed."""
@@ -335,12 +341,7 @@ class ConfigureScreen(Screen[None]):
         self._change(change, shown=shown)
 
     def _change(self, change: Change, *, shown: bool = False) -> None:
-        """Take another recipe and tell everything that follows it. The recipe changes nowhere else.
-
-        Args:
-            change: To what, and from which file where that is another one.
-            shown: Whether the form shows its values already, because the user turned them there.
-        """
+        """Take another recipe and tell everything that follows it; `shown` if the form shows its values already."""
         self.recipe = recipe = change.after
         if change.moves_source:
             self._source = change.after_source
