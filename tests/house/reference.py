@@ -285,7 +285,7 @@ def _printed(folder: Path) -> Iterator[tuple[str, list[list[str]]]]:
     )  # fmt: skip
     plan = ["plan", _SHIPPED, "--gpu", "RTX 4090", "--json"]
     yield "plan", [plan, ["plan", _SHIPPED, "--method", "qlora", "--vram-gib", "8", "--json"]]
-    yield "fit", [["fit", _SHIPPED, "--gpu", "RTX 4070", "--json"], ["fit", _SHIPPED, "--vram-gib", "4", "--json"]]
+    yield "fit", [["fit", _SHIPPED, "--gpu", "RTX 4070", "--json"], ["fit", _SHIPPED, "--vram-gib", "1", "--json"]]
     yield "data check", [["data", "check", str(good), "--json"], ["data", "check", str(bad), "--json"]]
     yield "setup", [["setup", "--model", str(model), "--data", str(good), "--gpu", "RTX 4090", "--json"]]
     with patch("studio.commands.gpus.look", lambda: Sight([card])):

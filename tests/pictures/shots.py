@@ -109,6 +109,7 @@ SHOTS = (
     Shot(
         "configure-memory", "ConfigureScreen", "Where the memory of a recipe goes", (("", "GiB"), ("v", "GiB")), LARGE
     ),
+    Shot("fill", "FillScreen", "Filling the card", (("", "GiB"), ("F", "as many bits"), ("", "x1.")), LARGE),
     Shot("cards", "CardScreen", "Choosing a card to plan for", (("", "GiB"), ("g", "4090")), LARGE),
     Shot(
         "open",
