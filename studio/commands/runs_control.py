@@ -177,6 +177,9 @@ def _follow_on(paths: RunPaths, *, as_json: bool, stops_on_interrupt: bool) -> i
         return conclude(watch, End(status, left=False), as_json=as_json)
     if history.started is not None:
         say(event_line(history.started), to=to)
+    if status is Status.queued:
+        say(f"queued: {plain(history.phase.detail, one_line=True)}" if history.phase else "queued", to=to)
+        return conclude(watch, follow(watch, to=to, stops_on_interrupt=stops_on_interrupt), as_json=as_json)
     train = summary_of(paths, history, status)["train_loss"]
     of = f" of {history.total_steps}" if history.total_steps else ""
     losses = f", loss {number(train['first'])} -> {number(train['last'])}" if train["last"] is not None else ""

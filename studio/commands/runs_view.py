@@ -132,7 +132,7 @@ def _facts(summary: dict[str, Any]) -> dict[str, str]:
     facts = {
         "run": summary["run"],
         "folder": summary["path"],
-        "status": f"{summary['status']}{f': {why}' if (why := summary['paused_for'] or _silence(summary)) else ''}",
+        "status": f"{summary['status']}{f': {why}' if (why := _waits(summary)) else ''}",
         "job": " ".join(str(summary[key]) for key in ("job", "method", "model", "device") if summary[key]),
         "steps" if trains else "time": f"{steps}{duration(summary['seconds'])}",
         **{key: text for key, (value, text) in known.items() if value is not None},
@@ -140,9 +140,11 @@ def _facts(summary: dict[str, Any]) -> dict[str, str]:
     return {key: plain(text, one_line=True, limit=400) for key, text in facts.items()}
 
 
-def _silence(summary: dict[str, Any]) -> str:
+def _waits(summary: dict[str, Any]) -> str:
+    """Return what a live run waits for; empty for one that works."""
     silent = summary["silent_seconds"]
-    return f"nothing was heard of it for {duration(silent)}" if silent else ""
+    silence = f"nothing was heard of it for {duration(silent)}" if silent else ""
+    return summary["queued"] or summary["paused_for"] or silence
 
 
 def _pair_facts(pairs: dict[str, Any] | None) -> dict[str, tuple[Any, str]]:

@@ -48,6 +48,7 @@ def summary_of(paths: RunPaths, history: History, status: Status, now: float | N
         "job": started.job if started else None,
         "status": str(status),
         "paused_for": history.paused_for if status is Status.paused and history.paused_for else None,
+        "queued": history.phase.detail if status is Status.queued and history.phase else None,
         "silent_seconds": _number(silent_seconds(history, status, time.time() if now is None else now)),
         "method": started.method if started else None,
         "model": started.model if started else None,

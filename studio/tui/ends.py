@@ -65,7 +65,8 @@ class Ends:
         """
         self._known = self._launches()
         infos = list_runs(self._root)
-        live = [info for info in infos if info.status.live]
+        # Those that are at work before those that wait for them.
+        live = sorted((info for info in infos if info.status.live), key=lambda info: info.status is Status.queued)
         self._live = {info.name: info.paths for info in live}
         after = math.inf if since is None else since
         ended = (info for info in infos if not info.status.live and (info.last_at or 0.0) > after)

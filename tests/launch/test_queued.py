@@ -62,6 +62,7 @@ def test_a_queued_run_waits_says_so_and_is_cancelled_or_served(home: Path) -> No
     wait_for(lambda: any(isinstance(event, Phase) for event in read_events(third.events)))
     told = next(event for event in read_events(third.events) if isinstance(event, Phase))
     assert (told.name, told.detail) == ("queued", f"1 before it; at work: {first.name}")
+    assert summary_of(third, read_history(third), run_status(third))["queued"] == told.detail
     assert at_work(CPU_PLACE) == []  # a launch on the CPU is not asked about
     stop(second, 30)
     assert run_status(second) is Status.stopped
