@@ -15,6 +15,7 @@ Table = list[list[str]]
 
 GIB = 2**30
 _LONGEST_WORD = 120
+_LONGEST_TABLE = 4000
 
 
 def interval(value: Mapping[str, float | None]) -> str:
@@ -211,6 +212,26 @@ def plan_table(report: Mapping[str, Any]) -> Table:
         for plan in plans
     ]
     return [head, *rows] if rows else []
+
+
+def proposal_table(report: Mapping[str, Any]) -> Table:
+    """Return what more bits in some layers buy, the least bytes for each share; nothing where that is not known."""
+    head = ["model.precision", "takes more", "of what 4 bits cost", "share a GiB"]
+    rows = [
+        [
+            written_precision(one["precision"]),
+            size(one["extra_bytes"]),
+            f"-{one['buys']:.1%}",
+            f"{one['buys'] / one['extra_bytes'] * GIB:.2f}",
+        ]
+        for one in report.get("proposals") or ()
+    ]
+    return [head, *rows] if rows else []
+
+
+def written_precision(table: Mapping[str, str]) -> str:
+    """Return a table of precisions on one line, as `--set model.precision=` takes it."""
+    return plain(", ".join(f"{name}={bits}" for name, bits in table.items()), one_line=True, limit=_LONGEST_TABLE)
 
 
 def lane_table(report: Mapping[str, Any]) -> Table:

@@ -19,6 +19,7 @@ from studio.core.audit_tables import (
     markdown_table,
     plan_table,
     prompts_in_words,
+    proposal_table,
     task_table,
     use_table,
     variant_table,
@@ -31,6 +32,8 @@ from studio.core.text import plain
 DAMAGED = (KeyError, IndexError, TypeError, ValueError, AttributeError)
 """What the functions here raise for a report that another version wrote, or that was changed."""
 _LONGEST_NOTE = 500
+_MOST_OF_IT = 0.9
+"""Of what 4 bits cost: what the proposal that a report spells out takes away at least."""
 _LONGEST_SHOWN = 2000
 
 
@@ -67,6 +70,7 @@ def tables_of(report: Mapping[str, Any]) -> list[tuple[str, Table]]:
             ("Roundings of the base, measured", variant_table(report)),
             (f"Blocks that {report['asked']} hurts most, measured", block_table(report)),
             ("Mixed plans, measured", plan_table(report)),
+            ("Where a GiB buys the most, estimated from the effects above", proposal_table(report)),
         ]
     else:
         prompts = answers_of(report).get("prompts", 0)
@@ -83,7 +87,7 @@ def tables_of(report: Mapping[str, Any]) -> list[tuple[str, Table]]:
 def note_lines(report: Mapping[str, Any]) -> list[str]:
     """Return what the tables leave unsaid: what was forgotten, what answers show, what could not be measured."""
     forgetting = (report.get("forgetting") or {}).get("verdict")
-    lines = _row_lines(report)
+    lines = [*_row_lines(report), *_proposal_lines(report)]
     lines += [plain(text, one_line=True, limit=_LONGEST_NOTE) for text in (forgetting, report.get("gguf_note")) if text]
     return lines + answer_lines(report) + _task_lines(report)
 
@@ -206,6 +210,20 @@ def _row_lines(report: Mapping[str, Any]) -> list[str]:
             f"Whether what was named ({named}) was trained on these rows is not known: only runs have a record."
         )
     return [plain(line, one_line=True, limit=_LONGEST_NOTE) for line in said]
+
+
+def _proposal_lines(report: Mapping[str, Any]) -> list[str]:
+    """Return the line that puts the best proposal into a recipe."""
+    proposed = report.get("proposals") or ()
+    if not proposed:
+        return []
+    best = next((one for one in proposed if one["buys"] >= _MOST_OF_IT), proposed[-1])
+    table = ", ".join(f'"{plain(name, one_line=True)}" = "{word(bits)}"' for name, bits in best["precision"].items())
+    return [
+        f"To take away {best['buys']:.1%} of what 4 bits cost, by this estimate, write below [model] in the recipe: "
+        f"precision = {{ {table} }}",
+        "The estimate adds up the squares of the blocks' effects; a mixed plan that was measured counts for more.",
+    ]
 
 
 def _task_lines(report: Mapping[str, Any]) -> list[str]:

@@ -167,10 +167,11 @@ def in_sixteen_bit(names: Iterable[str]) -> Table:
     return tuple((name, SIXTEEN_BIT) for name in names)
 
 
-def layers_in_sixteen_bit(numbers: Iterable[int]) -> Table:
-    """Return the table with which whole layers are held in 16 bit, neighbours as a range.
+def layers_held_in(precision: LayerPrecision, numbers: Iterable[int]) -> Table:
+    """Return the table with which whole layers are held in so many bits, neighbours as a range.
 
     Args:
+        precision: In how many bits.
         numbers: Of the layers.
     """
     ranges: list[list[int]] = []
@@ -179,4 +180,4 @@ def layers_in_sixteen_bit(numbers: Iterable[int]) -> Table:
             ranges[-1][1] = number
         else:
             ranges.append([number, number])
-    return tuple((f"layers.{a}-{b}" if a < b else f"layers.{a}", SIXTEEN_BIT) for a, b in ranges)
+    return tuple((f"layers.{a}-{b}" if a < b else f"layers.{a}", precision) for a, b in ranges)

@@ -1,4 +1,4 @@
-"""What a race measured on a recipe's model and data, found again by fingerprints of both."""
+"""What audits measured on a recipe's model and data, found again by fingerprints of both."""
 
 from collections.abc import Mapping
 from functools import lru_cache
@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from studio.core.errors import StudioError
+from studio.core.placement.fidelity import Effects, effects_of
 from studio.core.recipe import EMBEDDED, Recipe
-from studio.runs.quality import LaneResult, read_results
+from studio.core.text import plain
+from studio.runs.quality import LaneResult, read_bases, read_results
 
 
 def audited(recipe: Recipe) -> dict[str, LaneResult]:
@@ -31,6 +33,28 @@ def audited(recipe: Recipe) -> dict[str, LaneResult]:
     except (StudioError, OSError, ValueError, RuntimeError):
         return {}
     return {one.lane: one for one in known if (one.model, one.data) == (model, data)}
+
+
+def layer_effects(recipe: Recipe) -> Effects | None:
+    """Return what an audit of a recipe's base has measured of each layer; None where none was made.
+
+    Takes milliseconds, as `audited` does.
+    """
+    known = read_bases()
+    if not known:
+        return None
+    from studio.probe.fingerprint import known_fingerprint  # noqa: PLC0415  as above
+    from studio.probe.models import find_base  # noqa: PLC0415  as above
+
+    try:
+        base = find_base(recipe.model.base, recipe.model.revision)
+        model = None if base.path is None else _short(known_fingerprint(base.path))
+    except (StudioError, OSError, ValueError, RuntimeError):
+        return None
+    found = next((one for one in known if one.model == model), None)
+    if found is None:
+        return None
+    return effects_of(found.blocks, f"{plain(found.run, one_line=True)}, {found.tokens:,} tokens")
 
 
 def model_fingerprint(folder: Path) -> str:

@@ -1,4 +1,7 @@
-"""The races of this machine, `$LORA_STUDIO_HOME/quality.json`: how LoRA and QLoRA came out on a model and data."""
+"""What audits of this machine have measured of quality, kept in `$LORA_STUDIO_HOME` for the next recipe.
+
+`quality.json`: how LoRA and QLoRA came out in races. `effects.json`: what 4 bits cost in each layer of a base.
+"""
 
 import math
 from dataclasses import asdict, dataclass
@@ -9,6 +12,7 @@ from studio.core.intervals import Interval
 from studio.runs.kept_list import KeptList
 
 _KEPT = 500
+_KEPT_BASES, _MOST_BLOCKS = 50, 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,43 @@ class LaneResult:
     tokens: int
     steps: int
     tokens_per_second: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BaseResult:
+    """What an audit of a base found block by block.
+
+    Attributes:
+        model: Fingerprint of the base.
+        run: Name of the audit.
+        asked: The 4-bit form that was measured block by block.
+        tokens: Tokens of the data on which it rests.
+        blocks: Of each block its name, how far it alone moves the hidden state in that form, and the relative rounding
+            error of its weights in that form and in 8 bits, None where that was not measured.
+    """
+
+    model: str
+    run: str
+    asked: str
+    tokens: int
+    blocks: tuple[tuple[str, float, float, float | None], ...]
+
+
+def read_bases(path: Path | None = None) -> tuple[BaseResult, ...]:
+    """Return every sound result of a base, the oldest first; none where the file is missing or damaged."""
+    return _KEPT_OF_BASES.read(path)
+
+
+def remember_base(result: BaseResult, path: Path | None = None) -> None:
+    """Keep what an audit of a base found, in place of an older one of the same base.
+
+    Raises:
+        OSError: The file cannot be written.
+        TimeoutError: Another process has held it for seconds.
+    """
+    _KEPT_OF_BASES.change(
+        lambda kept: [*(one for one in kept if one.model != result.model), result][-_KEPT_BASES:], path
+    )
 
 
 def read_results(path: Path | None = None) -> tuple[LaneResult, ...]:
@@ -77,6 +118,20 @@ def _result(item: Any) -> LaneResult | None:
         return None
 
 
+def _base(item: Any) -> BaseResult | None:
+    try:
+        words = [item[key] for key in ("model", "run", "asked")]
+        blocks = [
+            (name, _finite(own), _finite(four), None if eight is None else _finite(eight))
+            for name, own, four, eight in item["blocks"][:_MOST_BLOCKS]
+        ]
+        if not all(isinstance(word, str) and len(word) < 200 for word in (*words, *(block[0] for block in blocks))):
+            return None
+        return BaseResult(words[0], words[1], words[2], _whole(item["tokens"]), tuple(blocks))
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+
+
 def _interval(item: Any) -> Interval:
     ends = (None if item[key] is None else _finite(item[key]) for key in ("low", "high"))
     return Interval(_finite(item["value"]), *ends)
@@ -95,3 +150,4 @@ def _whole(value: Any) -> int:
 
 
 _KEPT_HERE = KeptList("quality", "outcomes", most=_KEPT, most_bytes=4 * 2**20, read_one=_result, write_one=asdict)
+_KEPT_OF_BASES = KeptList("effects", "bases", _KEPT_BASES, 16 * 2**20, read_one=_base, write_one=asdict)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from studio.core.audit_text import tables_of
+from studio.core.recipe import Recipe
 from studio.jobs.audit import figures
 from studio.jobs.audit.blocks import parts_of
 from studio.jobs.audit.figures import Ground
@@ -22,6 +23,7 @@ from studio.jobs.audit.variants import folder_variants
 from studio.jobs.base.data.rows import Example
 from studio.jobs.base.weights.folder_weights import FolderWeights
 from studio.probe.model_folder import WEIGHTS
+from studio.probe.quality import layer_effects
 from studio.runs.control import request as ask
 from studio.runs.control import withdraw
 from studio.runs.job import write_job
@@ -84,7 +86,20 @@ def test_what_it_leaves(tiny: Path, rows: Path, tmp_path: Path) -> None:
     everything = report["plans"][-1]
     assert everything["won"]["value"] == pytest.approx(others[1]["task"]["kl"]["value"], rel=1e-6)
     assert everything["figures"]["kl"]["value"] == 0.0
+    # In 8 bits all is nearly gone, as the whole base in 8 bits shows, for less than 16 bits take.
+    *_, most = report["proposals"]
+    assert most["precision"] == {"layers.0-1": "int8"}
+    assert 0.99 < most["buys"] < 1
+    assert report["variants"][-1]["task"]["kl"]["value"] < 0.05 * others[1]["task"]["kl"]["value"]
+    assert most["extra_bytes"] < 0.6 * everything["extra_bytes"]
     page = (paths.root / "report.md").read_text()
+    assert 'precision = { "layers.0-1" = "int8" }' in page
+    recipe = Recipe().with_("model.base", str(tiny)).with_("model.precision", most["precision"])
+    assert recipe.problems() == ()
+    effects = layer_effects(recipe)
+    assert effects is not None
+    assert effects.source == f"audit, {others[1]['task']['tokens']} tokens"
+    assert sum(layer.share for layer in effects.layers) == pytest.approx(1)
     assert all(heading in page for heading, _ in tables_of(report))
     assert f"{first['task']['tokens']:,} tokens" in page
     for picture in ("losses.svg", "blocks.svg"):
@@ -101,6 +116,11 @@ def test_a_ruined_block_is_ranked_first_and_keeping_it_is_advised(ruined: Path, 
     assert report["blocks"][0]["name"] == name
     assert report["blocks"][0]["own_effect"] > 1.5 * report["blocks"][1]["own_effect"]
     assert report["plans"][0]["kept"] == [name]
+    first = report["proposals"][0]
+    assert first["precision"] == {f"layers.{RUINED}": "16bit"}, (
+        "8 bits were not measured here"
+    )
+    assert first["extra_bytes"] == report["plans"][0]["extra_bytes"]
     assert f"Keeping {name} in 16 bit wins" in report["recommendation"]["sentence"]
 
 

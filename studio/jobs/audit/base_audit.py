@@ -3,16 +3,19 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from studio.core.audit import Plan, advise_base
 from studio.core.errors import BadInput
 from studio.core.events import Phase, Warned
 from studio.core.intervals import ratio_interval
-from studio.core.layer_precision import SIXTEEN_BIT, in_sixteen_bit, precision_at
+from studio.core.layer_precision import INT8, SIXTEEN_BIT, in_sixteen_bit, place_of, precision_at
+from studio.core.placement.fidelity import Measured, Proposal, effects_of, proposals, steps_of
 from studio.core.text import plain
 from studio.jobs.audit.blocks import parts_of
-from studio.jobs.audit.figures import Ground, Measured, check_cost, ground_of, measure, prove
+from studio.jobs.audit.figures import Ground, check_cost, ground_of, measure, prove
+from studio.jobs.audit.figures import Measured as MeasuredVariants
 from studio.jobs.audit.forms import FORMS, UNROUNDED
 from studio.jobs.audit.rows import read_audit_rows
 from studio.jobs.audit.variants import (
@@ -30,6 +33,8 @@ from studio.jobs.base.tokenizer import load_tokenizer
 from studio.jobs.base.weights.folder_weights import FolderWeights
 from studio.probe.fingerprint import short_fingerprint
 from studio.probe.models import find_base
+from studio.probe.quality import model_fingerprint
+from studio.runs.quality import BaseResult, remember_base
 from studio.runs.requests import AuditRequest
 from studio.runs.worker import Worker
 
@@ -72,6 +77,8 @@ def audit_base(worker: Worker, request: AuditRequest) -> dict[str, Any]:
     plans: list[Plan] = []
     if sizes:
         plans = _mixed_plans(ground, found, ranked, sizes, asked=asked, quantised=quantised, share=(middle, 1.0))
+    measured = _measured(ranked, names, asked)
+    _remember(worker, folder, measured, asked, found.task[asked].tokens)
     advice = advise_base({name: found.task[name] for name in names}, asked, plans, rows.answers)
     return {
         "schema": 1,
@@ -95,6 +102,10 @@ def audit_base(worker: Worker, request: AuditRequest) -> dict[str, Any]:
             _block_row(block, names, asked, _extra_bytes(weights, quantised, [block.name], asked)) for block in ranked
         ],
         "plans": [asdict(plan) for plan in plans],
+        "proposals": [
+            {"precision": dict(one.precision), "extra_bytes": one.extra_bytes, "buys": one.buys}
+            for one in _proposals(weights, quantised, measured, asked)
+        ],
         "recommendation": asdict(advice),
         "proof_gap": gap,
         "cost": cost.told(began),
@@ -118,7 +129,7 @@ def forms_of(asked: Sequence[str]) -> list[str]:
 
 def _mixed_plans(
     ground: Ground,
-    found: Measured,
+    found: MeasuredVariants,
     ranked: Sequence[BlockSeen],
     sizes: Sequence[int],
     *,
@@ -174,6 +185,46 @@ def _extra_bytes(weights: FolderWeights, quantised: Mapping[str, int], kept: Seq
     table = in_sixteen_bit(kept)
     inside = sum(size for name, size in quantised.items() if precision_at(table, name) == SIXTEEN_BIT)
     return int(inside * (8.0 * sixteen_bit_bytes(weights) - FORMS[asked].bits) / 8)
+
+
+def _measured(blocks: Sequence[BlockSeen], names: Sequence[str], asked: str) -> tuple[Measured, ...]:
+    """Return what was measured of each block, as the planner reads it."""
+
+    def error(block: BlockSeen, form: str) -> float:
+        return _relative(list(block.roundings[form].values()))
+
+    return tuple(
+        (block.name, block.own or 0.0, error(block, asked), error(block, INT8) if INT8 in names else None)
+        for block in blocks
+    )
+
+
+def _proposals(
+    weights: FolderWeights, quantised: Mapping[str, int], measured: Sequence[Measured], asked: str
+) -> tuple[Proposal, ...]:
+    """Return which layers more bits buy the most for a byte in; none where the model is no stack of layers."""
+    effects = effects_of(measured, "")
+    if effects is None:
+        return ()
+    inside = {place_of(name)[0]: 0 for name in quantised}
+    for name, size in quantised.items():
+        inside[place_of(name)[0]] += size
+    bits = {SIXTEEN_BIT: 8.0 * sixteen_bit_bytes(weights), INT8: FORMS[INT8].bits}
+    # Stacks of experts have no form in 8 bits.
+    steps = steps_of(
+        effects,
+        lambda number, word: int(inside.get(number, 0) * (bits[word] - FORMS[asked].bits) / 8),
+        int8=not rounded_stacks(weights),
+    )
+    return proposals(steps)
+
+
+def _remember(worker: Worker, folder: Path, measured: tuple[Measured, ...], asked: str, tokens: int) -> None:
+    """Keep what was measured for the planner; if it cannot be written, warn, and report all the same."""
+    try:
+        remember_base(BaseResult(model_fingerprint(folder), worker.paths.name, asked, tokens, measured))
+    except OSError as error:
+        worker.emit(Warned, topic="audit", message=f"the effects are not kept for the planner: {error}")
 
 
 def _block_row(block: BlockSeen, names: Sequence[str], asked: str, extra_bytes: int) -> dict[str, Any]:
