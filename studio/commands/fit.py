@@ -1,6 +1,7 @@
 """`lora-studio fit`: what to change so that a recipe fits a card, and why."""
 
 import argparse
+import shlex
 from dataclasses import replace
 from typing import Any
 
@@ -11,13 +12,14 @@ from studio.commands.terminal import DONE, NO, say, size, table, write_json
 from studio.core.errors import BadInput
 from studio.core.fit import Fit, Priced, fit
 from studio.core.gpu_catalogue import GIB, Gpu
+from studio.core.placement.fidelity import Effects
 from studio.core.placement.planner import AIMS, Placed, Plan, Planner
 from studio.core.recipe import Recipe
 from studio.core.vram.report import VramEstimate, plan_to_dict
 from studio.core.vram.setup import Setup, as_it_lies, setup_of
 from studio.probe.machine import ram_bytes
 from studio.probe.pace import calibrated_estimate, pace_of, pace_to_dict
-from studio.probe.quality import audited
+from studio.probe.quality import audited, layer_effects
 from studio.probe.shape import find_shape
 from studio.runs.recipe_file import find_recipe, load_recipe
 
@@ -61,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
         ram = ram_bytes()
         if args.ram_gib is not None:
             ram = int(number_between(args.ram_gib, "--ram-gib", 0.1, _MOST_RAM_GIB) * GIB)
-        return _fill(args, recipe, Planner(recipe, shape, gpu, budget, ram, known))
+        effects = layer_effects(recipe) if args.aim == "fidelity" and not args.model else None
+        return _fill(args, recipe, Planner(recipe, shape, gpu, budget, ram, known, effects))
     if args.ram_gib is not None:
         raise BadInput("--ram-gib says what may wait in main memory: add --for speed, fidelity or room")
     found = fit(recipe, shape, gpu, budget, known, ram_bytes=ram_bytes())
@@ -81,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _fill(args: argparse.Namespace, recipe: Recipe, planner: Planner) -> int:
     """Print the settings for an aim, what each part of the memory bought, and what would be next best."""
-    plan, quality = planner.plan(args.aim), _quality(recipe)
+    plan, quality = planner.plan(args.aim), _quality(recipe, args.aim, planner.effects)
     if args.json:
         write_json(
             {"fits": plan is not None, "for": args.aim, **_plan_document(plan, recipe, planner), "quality": quality}
@@ -137,18 +140,23 @@ def _print_plan(plan: Plan, aim: str, recipe: Recipe, planner: Planner) -> None:
         say(line)
 
 
-def _quality(recipe: Recipe) -> str:
-    """Return what 4 bits cost on this model and data, where a race has measured it."""
+def _quality(recipe: Recipe, aim: str, effects: Effects | None) -> str:
+    """Return what 4 bits cost on this model and data, where a race has measured it, and in which layers."""
+    by_layer = f"what 4 bits cost was measured layer by layer ({effects.source})" if effects else ""
     raced = audited(recipe).get("qlora")
     if raced is None:
-        return "not measured on this model and data, so that bits alone count; `audit race` measures"
-    return f"QLoRA ended {raced.more.value:+.3f} nats a token above LoRA in a race on this model and data"
+        verb = "audit base" if aim == "fidelity" else "audit race"
+        return by_layer or f"not measured on this model and data, so that bits alone count; `{verb}` measures"
+    by_race = f"QLoRA ended {raced.more.value:+.3f} nats a token above LoRA in a race on this model and data"
+    return "; ".join(filter(None, (by_layer, by_race)))
 
 
 def _words(placed: Placed, recipe: Recipe) -> str:
     """Return what is to be set in a recipe, which may be nothing."""
-    changed = ((path, value) for path, value in placed.settings.items() if value != recipe.get(path))
-    return " ".join(f"--set {path}={_word(value)}" for path, value in changed) or "the recipe as it is"
+    placed_in = placed.on(recipe)
+    changed = ((path, placed_in.get(path)) for path in placed.settings if placed_in.get(path) != recipe.get(path))
+    words = (f"{path}={_word(value)}" for path, value in changed)
+    return " ".join(f"--set {shlex.quote(word)}" for word in words) or "the recipe as it is"
 
 
 def _document(found: Fit) -> dict[str, Any]:
@@ -218,7 +226,9 @@ def _settings(item: Priced) -> tuple[tuple[str, Any], ...]:
 def _word(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
-    return ",".join(value) if isinstance(value, tuple) else str(value)
+    if isinstance(value, tuple):
+        return ",".join(one if isinstance(one, str) else "=".join(map(str, one)) for one in value)
+    return str(value)
 
 
 def _factor(item: Priced) -> str:

@@ -22,7 +22,7 @@ from studio.core.shape import ModelShape
 from studio.core.text import plain
 from studio.core.trainable import check_adapted
 from studio.core.vram.estimate import estimate_vram
-from studio.core.vram.frozen import check_precision
+from studio.core.vram.precision_check import check_precision
 from studio.core.vram.report import plan_to_dict
 from studio.core.vram.setup import Setup, setup_of
 from studio.launch.start import start

@@ -25,7 +25,7 @@ from studio.core.stock.setup import StockSetup, as_it_lies_here, stock_setup
 from studio.core.text import plain
 from studio.core.trainable import check_adapted
 from studio.core.vram.estimate import estimate_vram
-from studio.core.vram.frozen import check_precision
+from studio.core.vram.precision_check import check_precision
 from studio.core.vram.report import VramEstimate, plan_to_dict
 from studio.core.vram.setup import Setup, as_it_lies, setup_of
 from studio.probe.data.places import find_files, hub_word

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from studio.core.gpu_catalogue import GIB, Gpu, card_of_size, find_gpu
+from studio.core.placement.fidelity import Effects, effects_of, enough, left_in, more_bits, table_of
 from studio.core.placement.planner import AIMS, Aim, Placed, Plan, Planner
 from studio.core.recipe import Recipe
 from studio.core.shape import ModelShape
@@ -39,9 +40,16 @@ RAM = 64 * GIB
 
 
 def planned(
-    aim: Aim, budget: int, *, recipe: Recipe = RECIPE, shape: ModelShape = SHAPE, gpu: Gpu = CARD, ram: int | None = RAM
+    aim: Aim,
+    budget: int,
+    *,
+    recipe: Recipe = RECIPE,
+    shape: ModelShape = SHAPE,
+    gpu: Gpu = CARD,
+    ram: int | None = RAM,
+    effects: Effects | None = None,
 ) -> Plan | None:
-    return Planner(recipe, shape, gpu, budget, ram, lambda setup: estimate_vram(shape, setup, gpu)).plan(aim)
+    return Planner(recipe, shape, gpu, budget, ram, lambda setup: estimate_vram(shape, setup, gpu), effects).plan(aim)
 
 
 @lru_cache
@@ -67,8 +75,27 @@ def _all() -> Iterator[Setup]:
             yield replace(setup, **choices, micro_batch=rows, accumulation=4 // rows, offload_checkpoints=offloads)
 
 
-def by_force(aim: Aim, budget: int, ram: int | None) -> Setup | None:
-    room = [one for one in everything() if one[1].host.total <= 0.85 * (ram or 0)]
+MEASURED = effects_of(
+    [("layers.0", 0.04, 0.09, 0.006), ("layers.1", 0.01, 0.09, 0.006), ("layers.2", 0.03, 0.09, 0.006),
+     ("layers.3", 0.02, 0.09, 0.006)],
+    "here",
+)  # fmt: skip
+
+
+@lru_cache
+def mixed(effects: Effects | None) -> tuple[tuple[Setup, VramEstimate, float], ...]:
+    """Every resident setting of the small model with more bits in the layers that are worth it, and in more of them."""
+    steps = more_bits(SHAPE, setup_of(RECIPE, CARD), effects)
+    steps = enough(steps, 0.99) if effects else steps
+    tables = [table_of(steps[:count]) for count in range(1, len(steps) + 1)]
+    plain = [one[0] for one in everything() if (one[0].method, one[0].stream) == ("qlora", "off")]
+    setups = [replace(setup, precision=table) for setup in plain for table in tables]
+    return tuple((setup, estimate_vram(SHAPE, setup, CARD), careful_speed(SHAPE, setup, CARD) or 0) for setup in setups)
+
+
+def by_force(aim: Aim, budget: int, ram: int | None, effects: Effects | None = None) -> Setup | None:
+    every = (*everything(), *mixed(effects)) if aim == "fidelity" else everything()
+    room = [one for one in every if one[1].host.total <= 0.85 * (ram or 0)]
     fitting = [one for one in room if one[1].device.high <= budget]
     resident = [one for one in fitting if one[0].stream == "off"]
     kept = [one for one in fitting if one[0].method == "lora"] if aim == "fidelity" else []
@@ -80,13 +107,15 @@ def by_force(aim: Aim, budget: int, ram: int | None) -> Setup | None:
         eight = "8bit" in setup.optimizer
         order = ["adamw_torch", "adamw_8bit", "paged_adamw_8bit"].index(setup.optimizer)
         ties = (setup.recomputed_of(4), order, setup.offload_checkpoints)
-        lost = {"speed": 0, "fidelity": (setup.method == "qlora", eight), "room": estimate.device.high > least}[aim]
+        left = left_in(SHAPE, setup, effects) if setup.method == "qlora" else 0.0
+        left = 0.0 if effects and left < 0.01 else left
+        lost = {"speed": 0, "fidelity": (left, eight), "room": estimate.device.high > least}[aim]
         return lost, setup.stream != "off", -speed, *ties, estimate.device.high
 
     return min(fitting, key=best)[0] if fitting else None
 
 
-@pytest.mark.parametrize("aim", AIMS)
+@pytest.mark.parametrize("aim", ["speed", pytest.param("fidelity", marks=pytest.mark.slow), "room"])
 def test_it_chooses_what_trying_everything_chooses(aim: Aim) -> None:
     highs = sorted(one[1].device.high for one in everything())
     found = set[Setup | None]()
@@ -98,6 +127,40 @@ def test_it_chooses_what_trying_everything_chooses(aim: Aim) -> None:
             found.add(chosen)
     assert len(found) > (2 if aim == "room" else 6)
     assert any(setup and setup.keep_dequantised for setup in found) == (aim == "speed")
+
+
+@pytest.mark.slow
+def test_with_an_audit_it_chooses_the_layers_that_trying_everything_chooses() -> None:
+    highs = sorted(one[1].device.high for one in everything())
+    least = min(one[1].device.high for one in everything() if one[0].stream == "off")
+    tables = set[Any]()
+    for ram in (None, RAM):
+        for budget in (*(least + more * 2**20 for more in range(12, 42, 3)), *highs[2 :: len(highs) // 5]):
+            plan = planned("fidelity", budget, ram=ram, effects=MEASURED)
+            assert (plan and plan.chosen.setup) == by_force("fidelity", budget, ram, MEASURED), (ram, budget)
+            tables.add(plan.chosen.setup.precision if plan else None)
+    assert {(("layers.0", "int8"),), (("layers.0", "int8"), ("layers.2-3", "int8"))} < tables, (
+        "those that lose the most"
+    )
+
+
+def test_an_audit_says_which_layers_are_worth_a_gib_and_when_it_is_enough() -> None:
+    shape, tight, ample = shapes()["Llama-2-13b-hf"], 15 * GIB, CARD.total_bytes
+    worst = effects_of([(f"model.layers.{n}", 0.1 if n == 30 else 0.02, 0.09, 0.006) for n in range(40)], "an audit")
+    plan = planned("fidelity", tight, shape=shape, ram=None, effects=worst)
+    assert plan is not None
+    check(plan, tight)
+    assert plan.chosen.settings["model.precision"]["layers.30"] == "int8"
+    more = plan.bought[0]
+    assert "in 8 bit" in more.words and "of what 4 bits cost is left" in more.words and more.bytes > 0
+    unmeasured = planned("fidelity", tight, shape=shape, ram=None)
+    assert unmeasured is not None
+    assert "is left" not in unmeasured.bought[0].words
+    assert "layers.30" not in unmeasured.chosen.settings["model.precision"]
+    enough_room = planned("fidelity", ample, shape=shape, effects=worst)
+    assert enough_room is not None
+    assert enough_room.chosen.settings["model.precision"] == {"layers.0-39": "int8"}, "the rest buys speed, not 16 bits"
+    assert enough_room.chosen.setup.stream == "off", "as good as 16 bits that wait in main memory"
 
 
 def check(plan: Plan, budget: int) -> None:

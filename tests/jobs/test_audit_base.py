@@ -117,9 +117,7 @@ def test_a_ruined_block_is_ranked_first_and_keeping_it_is_advised(ruined: Path, 
     assert report["blocks"][0]["own_effect"] > 1.5 * report["blocks"][1]["own_effect"]
     assert report["plans"][0]["kept"] == [name]
     first = report["proposals"][0]
-    assert first["precision"] == {f"layers.{RUINED}": "16bit"}, (
-        "8 bits were not measured here"
-    )
+    assert first["precision"] == {f"layers.{RUINED}": "16bit"}, "8 bits were not measured here"
     assert first["extra_bytes"] == report["plans"][0]["extra_bytes"]
     assert f"Keeping {name} in 16 bit wins" in report["recommendation"]["sentence"]
 

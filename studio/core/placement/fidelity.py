@@ -6,17 +6,23 @@ squared rounding error. Both are estimates from what was measured. Where nothing
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 from studio.core.layer_precision import (
+    EVERYTHING,
     FOUR_BIT,
     INT8,
+    PRECISIONS,
     SIXTEEN_BIT,
     LayerPrecision,
     Table,
     layers_held_in,
     place_of,
 )
+from studio.core.shape import ModelShape
+from studio.core.vram.frozen import frozen_form, held_stacks, layer_bytes, layer_shares, stacks_of
+from studio.core.vram.setup import Setup
 
 _OF_BITS = 2 / 3
 """Of what 16 bits have more than 4, what 8 bits still lack."""
@@ -101,16 +107,6 @@ def effects_of(blocks: Iterable[Measured], source: str) -> Effects | None:
     return Effects(tuple(found), source)
 
 
-def by_bits(weights: Sequence[int]) -> Effects:
-    """Return effects by which bits alone count.
-
-    Args:
-        weights: The rounded weights of each layer.
-    """
-    whole = max(1, sum(weights))
-    return Effects(tuple(LayerEffect(number, size / whole, _OF_BITS) for number, size in enumerate(weights)))
-
-
 def steps_of(effects: Effects, more_bytes: MoreBytes, *, int8: bool = True) -> tuple[Step, ...]:
     """Return the steps by which layers get more bits, those first that buy the most for a byte.
 
@@ -146,21 +142,59 @@ def table_of(steps: Iterable[Step]) -> Table:
     )
 
 
-def left_of(effects: Effects, share_in: Callable[[int, LayerPrecision], float]) -> float:
-    """Return which share of the squared effect of 4 bits is left.
+def more_bits(shape: ModelShape, setup: Setup, effects: Effects | None) -> tuple[Step, ...]:
+    """Return the steps by which the layers of a model get more bits, those first that buy the most for a byte.
 
     Args:
-        effects: What rounding costs in each layer.
-        share_in: Returns the share of a layer's weights that is held in some bits.
+        shape: The model.
+        setup: How its base is held in 4 bits everywhere.
+        effects: What an audit has measured; None where bits alone count.
     """
-    return sum(
-        layer.share
-        * (
-            share_in(layer.number, FOUR_BIT)
-            + share_in(layer.number, INT8) * (0.0 if layer.left_by_int8 is None else layer.left_by_int8)
-        )
-        for layer in effects.layers
+    form = frozen_form(replace(setup, method="qlora", precision=()).kind)
+    wide = {word: replace(form, precision=((EVERYTHING, word),)) for word in (INT8, SIXTEEN_BIT)}
+
+    @cache
+    def more(kind: int, word: LayerPrecision) -> int:
+        number = shape.kinds.index(kind)
+        return layer_bytes(shape, wide[word], number) - layer_bytes(shape, form, number)
+
+    return steps_of(
+        effects or _by_bits(shape),
+        lambda number, word: more(shape.kinds[number], word),
+        int8=not (setup.compile or held_stacks(shape, form)),
     )
+
+
+def _by_bits(shape: ModelShape) -> Effects:
+    """Return effects by which bits alone count."""
+    layers = [shape.groups[kind].layer for kind in shape.kinds]
+    sizes = [sum(linear.weights for linear in (*layer.linears, *stacks_of(shape, layer))) for layer in layers]
+    return Effects(tuple(LayerEffect(number, size / sum(sizes), _OF_BITS) for number, size in enumerate(sizes)))
+
+
+def left_in(shape: ModelShape, setup: Setup, effects: Effects | None) -> float:
+    """Return which share of the squared effect of 4 bits is left in a base that is held in several precisions.
+
+    Args:
+        shape: The model.
+        setup: How it is trained, with QLoRA.
+        effects: What an audit has measured; None where bits alone count.
+    """
+    if not setup.precision:
+        return 1.0
+    form, left = frozen_form(setup.kind), 0.0
+    for layer in (effects or _by_bits(shape)).layers:
+        shares = layer_shares(shape, form, layer.number)
+        left += layer.share * (shares[FOUR_BIT] + shares[INT8] * (layer.left_by_int8 or 0.0))
+    return float(f"{left:.9f}")
+
+
+def layers_by_precision(shape: ModelShape, setup: Setup) -> dict[LayerPrecision, int]:
+    """Return how many layers are held in each precision for the most part."""
+    form = frozen_form(setup.kind)
+    shares = [layer_shares(shape, form, number) for number in range(shape.layers)]
+    most = [max(one, key=one.__getitem__) for one in shares]
+    return {word: most.count(word) for word in PRECISIONS}
 
 
 PROPOSED = (0.5, 0.75, 0.9, 0.99)
@@ -182,14 +216,20 @@ class Proposal:
     buys: float
 
 
+def enough(steps: Sequence[Step], share: float) -> tuple[Step, ...]:
+    """Return the first steps that take away a share of the squared effect; all where that is not enough."""
+    bought = 0.0
+    for count, step in enumerate(steps, start=1):
+        bought += step.buys
+        if bought >= share:
+            return tuple(steps[:count])
+    return tuple(steps)
+
+
 def proposals(steps: Sequence[Step], shares: Sequence[float] = PROPOSED) -> tuple[Proposal, ...]:
     """Return for each share the first steps that take it away; equal ones once."""
-    found: list[Proposal] = []
-    taken: list[Step] = []
-    for wanted in shares:
-        while sum(step.buys for step in taken) < wanted - 1e-9 and len(taken) < len(steps):
-            taken.append(steps[len(taken)])
-        bought = sum(step.buys for step in taken)
-        if taken and bought >= wanted - 1e-9:
-            found.append(Proposal(table_of(taken), sum(step.bytes for step in taken), bought))
+    taken = (enough(steps, share) for share in shares) if steps else ()
+    found = (
+        Proposal(table_of(some), sum(step.bytes for step in some), sum(step.buys for step in some)) for some in taken
+    )
     return tuple(dict.fromkeys(found))

@@ -3,8 +3,9 @@
 Chosen are the method, how many layers are computed again and whether these keep what is dequantised for it, the
 micro-batch (a step sees the same rows), the optimizer, and whether checkpoints wait in main memory. Layers of the base
 wait there too, where that keeps them in 16 bit or where nothing fits otherwise: no card has run that yet, so it is not
-chosen for speed. Everything else stays as the recipe has it. What is chosen fits at the high end of its estimate. No
-clock, no card, and no measurement of quality is asked.
+chosen for speed. For fidelity layers of a base in 4 bits get more of them. Everything else stays as the recipe has it.
+What is chosen fits at the high end of its estimate. No clock and no card is asked, and of quality only what an audit
+has measured before.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,8 @@ from typing import Any, Literal
 
 from studio.core.base_form import four_bit_refusal
 from studio.core.gpu_catalogue import Gpu
+from studio.core.layer_precision import INT8, PRECISIONS, Table
+from studio.core.placement.fidelity import Effects, enough, layers_by_precision, left_in, more_bits, table_of
 from studio.core.placement.streaming import HOST_SHARE
 from studio.core.recipe import Method, Optimizer, Recipe, Recompute, Stream
 from studio.core.shape import ModelShape
@@ -33,6 +36,10 @@ _EIGHT_BIT = "8bit"
 _MOST_ROWS = 64
 """Rows at once beyond which no card is faster."""
 _RESIDENT: tuple[Stream, ...] = ("off",)
+_SPOKEN = {"nf4": "4 bit", "int8": "8 bit", "16bit": "16 bit"}
+_AS_GOOD = 0.01
+"""Share of what 4 bits cost below which nothing counts as left: audits cannot tell it from the 16-bit base, since the
+intervals of their figures are several times as wide. A choice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +70,7 @@ class Placed:
             "train.recompute": setup.recompute,
             "train.keep_dequantised": setup.keep_dequantised,
             "model.stream": setup.stream,
+            "model.precision": dict(setup.precision),
         }
 
     def on(self, recipe: Recipe) -> Recipe:
@@ -108,6 +116,7 @@ class Planner:
         budget_bytes: What the run may use of it.
         ram_bytes: Main memory of the computer; None where it is not known, so that nothing waits there.
         estimate: Returns what a set-up takes on the card.
+        effects: What an audit has measured of each layer of the base; None where bits alone count.
     """
 
     recipe: Recipe
@@ -116,13 +125,14 @@ class Planner:
     budget_bytes: int
     ram_bytes: int | None
     estimate: Callable[[Setup], VramEstimate]
+    effects: Effects | None = None
 
     def plan(self, aim: Aim) -> Plan | None:
         """Return the plan for an aim; None where nothing fits.
 
-        For speed the fastest settings are taken. For fidelity as many bits as fit come first, those of the base's
-        weights, then those of the optimizer's states; among such settings the fastest are taken. For room the fastest
-        of those that take the least memory.
+        For speed the fastest settings are taken. For fidelity what is left of the error of 4 bits comes first, as an
+        audit has measured it or by bits alone, then the bits of the optimizer's states; among such settings the fastest
+        are taken. For room the fastest of those that take the least memory.
 
         Raises:
             BadInput: The model cannot be estimated with this recipe.
@@ -141,8 +151,12 @@ class Planner:
         leanest = min(self._bests(methods, streams, least), key=self._rank)
         found = self._bests(methods, streams, least if aim == "room" else self.budget_bytes)
         if aim == "fidelity":
+            resident = streams == _RESIDENT and "qlora" in methods
+            whole = any(placed.setup.method == "lora" for placed in found)
+            # Beside 16 bits everywhere that fit, some bits can be as good and leave more room, but not without figures.
+            mixed = self._mixed() if resident and (self.effects or not whole) else ()
             lost = [method for method in methods if all(placed.setup.method != method for placed in found)]
-            found = [*self._bests(lost[:1], self._streams, self.budget_bytes), *found]
+            found = [*self._bests(lost[:1], self._streams, self.budget_bytes), *mixed, *found]
         found.sort(key=lambda placed: (self._bits(placed.setup) if aim == "fidelity" else (), self._rank(placed)))
         return Plan(found[0], leanest, self._bought(leanest, found[0]), tuple(found[1:]))
 
@@ -184,24 +198,53 @@ class Planner:
         for size, more in self._batches:
             for offloads in (False, True) if self.ram_bytes else (False,):
                 for stream in streams:
+                    if stream != "off" and method == "qlora" and INT8 in dict(setup.precision).values():
+                        continue
                     yield replace(
                         setup, micro_batch=size, accumulation=more, offload_checkpoints=offloads, stream=stream
                     )
 
     def _least(self, methods: Sequence[Method], streams: Sequence[Stream]) -> int:
         """Return the least that any settings take at the high end; more than the budget where there are none."""
+        optimizers = [optimizer for kind in self._optimizers for optimizer in kind]
+        highs = (self.estimate(setup).device.high for setup in self._lean(methods, streams, optimizers))
+        return min(highs, default=self.budget_bytes + 1)
+
+    def _lean(
+        self, methods: Sequence[Method], streams: Sequence[Stream], optimizers: Sequence[Optimizer]
+    ) -> Iterator[Setup]:
+        """Yield the settings of which some take the least memory."""
         # More layers computed again never take more on the card; more rows at once may take less, where gradients
         # then need not be added up.
-        highs = (
-            self.estimate(self._with(replace(way, optimizer=optimizer), top)).device.high
-            for method in methods
-            for way in self._ways(method, streams)
-            for top in (self._most_again(way),)
-            for optimizers in self._optimizers
-            for optimizer in optimizers
-            if top >= way.offload_checkpoints
-        )
-        return min(highs, default=self.budget_bytes + 1)
+        for method in methods:
+            for way in self._ways(method, streams):
+                top = self._most_again(way)
+                if top >= way.offload_checkpoints:
+                    yield from (self._with(replace(way, optimizer=optimizer), top) for optimizer in optimizers)
+
+    def _mixed(self) -> Iterator[Placed]:
+        """Yield the fastest settings of each kind of optimizer with which a base in 4 bits gets as many more as fit."""
+        if self.shape.quantised is not None:
+            return
+        plain = self._of(())
+        steps = more_bits(self.shape, setup_of(plain.recipe, self.gpu), self.effects)
+        if self.effects:
+            steps = enough(steps, 1 - _AS_GOOD)
+        for optimizers in self._optimizers:
+            lean = min(
+                plain._lean(("qlora",), _RESIDENT, optimizers), key=lambda setup: self.estimate(setup).device.high
+            )
+            low, top = 0, len(steps)
+            while low < top:
+                middle = (low + top + 1) // 2
+                fits = self._fits(replace(lean, precision=table_of(steps[:middle])), self.budget_bytes)
+                low, top = (middle, top) if fits else (low, middle - 1)
+            found = self._of(table_of(steps[:low]))._fastest("qlora", optimizers, _RESIDENT, self.budget_bytes)
+            if low and found is not None:
+                yield found
+
+    def _of(self, precision: Table) -> "Planner":
+        return replace(self, recipe=self.recipe.with_("model.precision", precision))
 
     def _bests(self, methods: Sequence[Method], streams: Sequence[Stream], budget_bytes: int) -> list[Placed]:
         """Return the best settings of each method and kind of optimizer that fit."""
@@ -283,9 +326,14 @@ class Planner:
         speed = careful_speed(self.shape, setup, self.gpu)
         return 1 / step_work(self.shape, setup).operations_per_token if speed is None else speed
 
-    def _bits(self, setup: Setup) -> tuple[int, bool]:
-        """Return what the most faithful settings have least of: bits lost from weights, then from states."""
-        return _METHODS.index(setup.method), _EIGHT_BIT in setup.optimizer
+    def _bits(self, setup: Setup) -> tuple[float, bool]:
+        """Return what the most faithful settings have least of: error of the base, then states in fewer bits."""
+        left = self._left(setup)
+        return 0.0 if self.effects and left < _AS_GOOD else left, _EIGHT_BIT in setup.optimizer
+
+    def _left(self, setup: Setup) -> float:
+        """Return which share of the error of 4 bits is left."""
+        return left_in(self.shape, setup, self.effects) if setup.method == "qlora" else 0.0
 
     def _rank(self, placed: Placed) -> tuple[bool, float, int, int, bool, int]:
         """Return what the best settings have least of: copies, slowness, layers computed again, lost bits, memory."""
@@ -299,6 +347,7 @@ class Planner:
         before, found = leanest, []
         for name, beside in (
             ("method", "stream"),
+            ("precision", "precision"),
             ("optimizer", "optimizer"),
             ("micro_batch", "accumulation"),
             ("offload_checkpoints", "offload_checkpoints"),
@@ -321,8 +370,15 @@ class Planner:
         others = ", the others keep their dequantised weights" if setup.keeps_dequantised else ""
         return {
             "method": f"base in {bits}{where}",
+            "precision": self._words_of_bits(setup),
             "optimizer": f"{setup.optimizer}, states in {8 if _EIGHT_BIT in setup.optimizer else 32} bit",
             "micro_batch": f"{setup.micro_batch} x {setup.accumulation} rows a step",
             "offload_checkpoints": f"checkpoints in {place}",
             "recompute": f"{layers - setup.recomputed_of(layers)} of {layers} layers keep their activations{others}",
         }[name]
+
+    def _words_of_bits(self, setup: Setup) -> str:
+        counts = layers_by_precision(self.shape, setup)
+        held = " and ".join(f"{counts[word]} in {_SPOKEN[word]}" for word in PRECISIONS[1:] if counts[word])
+        left = f", {self._left(setup):.1%} of what 4 bits cost is left" if self.effects else ""
+        return f"of {self.shape.layers} layers {held or 'none in more than 4 bits'}{left}"

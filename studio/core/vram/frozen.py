@@ -6,7 +6,6 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from studio.core.direct_weights import kept_16bit
-from studio.core.errors import BadInput
 from studio.core.layer_parts import Linear
 from studio.core.layer_precision import (
     FOUR_BIT,
@@ -14,19 +13,13 @@ from studio.core.layer_precision import (
     PRECISIONS,
     SIXTEEN_BIT,
     LayerPrecision,
-    Part,
     Table,
-    part_of,
     precision_of,
 )
 from studio.core.placement.streaming import BUFFERS, streamed_layers
 from studio.core.shape import Layer, ModelShape
-from studio.core.text import plain
-from studio.core.trainable import ATTENTION, EMBEDDINGS, HEADS, MLP, ROUTERS
+from studio.core.trainable import ATTENTION, MLP
 from studio.core.vram.setup import Setup
-
-TOWERS = frozenset(("visual", "vision_tower", "multi_modal_projector", "merger", "modality_projection", "audio_tower"))
-"""What configurations of other tools name of the towers for images and sound, which are never quantised."""
 
 ALIGNMENT = 512
 """The CUDA caching allocator rounds every request up to this (c10/cuda/CUDACachingAllocator.cpp kMinBlockSize)."""
@@ -146,7 +139,7 @@ def _each_linear(shape: ModelShape, form: FrozenForm, without: frozenset[int]) -
     for kind, group in enumerate(shape.groups):
         numbers = [number for number, each in enumerate(shape.kinds) if each == kind and number not in without]
         for linear in group.layer.linears:
-            paths = _paths(group.layer, linear)
+            paths = paths_of(group.layer, linear)
             if not form.quant_type or linear.name in kept:
                 yield HeldLinear(len(numbers), linear, SIXTEEN_BIT)
             elif not form.precision:
@@ -173,7 +166,7 @@ def held_stacks(shape: ModelShape, form: FrozenForm, without: frozenset[int] = f
     found = []
     for kind, group in enumerate(shape.groups):
         numbers = [number for number, each in enumerate(shape.kinds) if each == kind and number not in without]
-        for stack in _stacks_of(shape, group.layer):
+        for stack in stacks_of(shape, group.layer):
             packs = form.packs_experts and stack.inputs * stack.outputs % BLOCK == 0
             packed = packs * sum(_stack_precision(form, number, stack) == FOUR_BIT for number in numbers)
             found.append(HeldLinear(packed, _whole(stack), FOUR_BIT))
@@ -187,7 +180,7 @@ def packs_stacks(shape: ModelShape, form: FrozenForm) -> bool:
 
 
 def _stack_precision(form: FrozenForm, number: int, stack: Linear) -> LayerPrecision:
-    return precision_of(form.precision, number, *_places(MLP, stack.name)) if form.precision else FOUR_BIT
+    return precision_of(form.precision, number, *places(MLP, stack.name)) if form.precision else FOUR_BIT
 
 
 def _whole(stack: Linear) -> Linear:
@@ -199,15 +192,16 @@ _ALSO = {ATTENTION: ("attn", "attention", "self_attention"), MLP: ("feed_forward
 """What other families call these parts of a layer. Which one a family has is not known here: all are understood."""
 
 
-def _places(block: str, name: str) -> tuple[tuple[str, ...], ...]:
+def places(block: str, name: str) -> tuple[tuple[str, ...], ...]:
+    """Return the paths inside a layer that a module may have which a part of the layer has by name."""
     return tuple((place, *name.split(".")) for place in (block, *_ALSO.get(block, ())))
 
 
-def _paths(layer: Layer, linear: Linear) -> tuple[tuple[str, ...], ...]:
+def paths_of(layer: Layer, linear: Linear) -> tuple[tuple[str, ...], ...]:
     """Return the paths that a linear map may have inside its layer."""
     if layer.mixer and linear in layer.mixer.linears:
-        return _places(layer.mixer.place, linear.name)
-    return _places(ATTENTION if linear in layer.attention else MLP, linear.name)
+        return places(layer.mixer.place, linear.name)
+    return places(ATTENTION if linear in layer.attention else MLP, linear.name)
 
 
 @lru_cache(maxsize=256)
@@ -278,11 +272,29 @@ def streamed_bytes(shape: ModelShape, form: FrozenForm, looked_up: bool = True) 
     )
 
 
+def _of_layer(shape: ModelShape, form: FrozenForm, number: int) -> tuple[HeldLinear, ...]:
+    others = frozenset(range(shape.layers)) - {number}
+    return (*held_linears(shape, form, others), *held_stacks(shape, form, others))
+
+
+def layer_bytes(shape: ModelShape, form: FrozenForm, number: int) -> int:
+    """Return the bytes of a layer's matrices, as `base_bytes` counts them."""
+    return _matrices_of(shape, form, number)[0]
+
+
+def layer_shares(shape: ModelShape, form: FrozenForm, number: int) -> dict[LayerPrecision, float]:
+    """Return the share of a layer's matrices that is held in each precision."""
+    shares = dict.fromkeys(PRECISIONS, 0.0)
+    held = _of_layer(shape, form, number)
+    whole = max(1, sum(one.linear.weights for one in held))
+    for one in held:
+        shares[one.precision] += one.linear.weights / whole
+    return shares
+
+
 def _matrices_of(shape: ModelShape, form: FrozenForm, number: int) -> tuple[int, int]:
     """Return the bytes of a layer's matrices as `base_bytes` counts them, and packed one behind the other."""
-    others = frozenset(range(shape.layers)) - {number}
-    held = (*held_linears(shape, form, others), *held_stacks(shape, form, others))
-    parts = [(one.linear.copies, parts_of(one, form)) for one in held]
+    parts = [(one.linear.copies, parts_of(one, form)) for one in _of_layer(shape, form, number)]
     alone = sum(copies * sum(sizes) for copies, sizes in parts)
     return alone, sum(copies * sum(map(aligned, sizes)) for copies, sizes in parts)
 
@@ -322,69 +334,6 @@ def held_of(shape: ModelShape, form: FrozenForm) -> Held:
     return Held(kept, packed[FOUR_BIT] / max(1, every), packed[INT8] / max(1, every))
 
 
-def check_precision(shape: ModelShape, setup: Setup) -> None:
-    """Refuse a precision that a training of this model would refuse, too.
-
-    A name of several parts that fits nothing is left to the training: all paths of the model are not known here.
-
-    Args:
-        shape: The model.
-        setup: How the recipe holds it, before `as_it_lies`.
-
-    Raises:
-        BadInput: A name means no linear layer of the model, or one that cannot be held so.
-    """
-    if setup.quantised and setup.precision:
-        _check_precision(shape, setup.precision)
-
-
-@lru_cache(maxsize=64)
-def _check_precision(shape: ModelShape, table: Table) -> None:
-    kept, last = kept_16bit(shape.family), shape.layers - 1
-    for name, word in table:
-        part = part_of(name)
-        meant = list(_meant(shape, part)) if part else []
-        shown = f"model.precision names {plain(name, one_line=True, limit=60)!r}"
-        if not meant and part and part.layers and part.layers.start > last:
-            raise BadInput(f"{shown}; this model has {shape.layers} layers, numbered from 0 to {last}")
-        if not meant and part and len(part.inside) == 1 and not (word == SIXTEEN_BIT and _outside(part.inside[0])):
-            if _outside(part.inside[0]):
-                raise BadInput(
-                    f"{shown}, which always stays in 16 bit: only linear layers inside the model are rounded"
-                )
-            known = ", ".join(dict.fromkeys(linear.name for _, linear in shape.all_linears()))
-            raise BadInput(
-                f"{shown}, which a {plain(shape.family, one_line=True, limit=40)} model does not have. Use layers.N, "
-                f"{ATTENTION}, {MLP}, or some of: {known}"
-            )
-        if word != SIXTEEN_BIT and meant and all(linear.name in kept for linear in meant):
-            raise BadInput(f"{shown}, which stays in 16 bit: this model's code reads its weight as plain numbers")
-    if any(word == INT8 for _, word in table):
-        for number, kind in enumerate(shape.kinds):
-            for stack in _stacks_of(shape, shape.groups[kind].layer):
-                if precision_of(table, number, *_places(MLP, stack.name)) == INT8:
-                    raise BadInput(
-                        "model.precision holds routed experts in int8, which are held in 4 bits or in 16: put "
-                        "experts=nf4 or experts=16bit before it"
-                    )
-
-
-def _meant(shape: ModelShape, part: Part) -> Iterator[Linear]:
-    """Yield the linear maps and stacks that a name means: of each kind of layer those of the first one."""
-    for kind, group in enumerate(shape.groups):
-        numbers = (number for number, each in enumerate(shape.kinds) if each == kind)
-        number = next((number for number in numbers if part.layers is None or number in part.layers), None)
-        if number is not None:
-            for linear in (*group.layer.linears, *_stacks_of(shape, group.layer)):
-                if any(part.fits(number, path) for path in _paths(group.layer, linear)):
-                    yield linear
-    yield from (linear for linear in shape.outer if part.fits(None, (linear.name,)))
-
-
-def _stacks_of(shape: ModelShape, layer: Layer) -> tuple[Linear, ...]:
+def stacks_of(shape: ModelShape, layer: Layer) -> tuple[Linear, ...]:
+    """Return the stacks of routed experts in a layer."""
     return layer.experts.stacks(shape.hidden) if layer.experts and not layer.expert_maps else ()
-
-
-def _outside(name: str) -> bool:
-    """Whether a module of this name is never rounded: embedding, head, norms, routers, towers for images and sound."""
-    return name in (HEADS | EMBEDDINGS | ROUTERS | TOWERS) or name.endswith("norm")
