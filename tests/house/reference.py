@@ -49,6 +49,7 @@ _TOLD = {
     "estimate": "object: as `plan --json` prints it",
     "report.blocks[].drift": "object: forms, and the drift of each",
     "report.blocks[].weight_error": "object: forms, and the error of each",
+    "report.proposals[].precision": "object: parts of the model, and the bits of each",
     "report.answers.rows[].answers": "object: forms, each with text, tokens, stopped and scores",
     "report.answers.checks[].scores": "object: forms, each with mean and more, both with value, low and high",
 }

@@ -9,7 +9,7 @@ import pytest
 from studio.core.errors import BadInput
 from studio.core.gpu_catalogue import GIB
 from studio.core.intervals import Interval
-from studio.core.layer_precision import layers_in_sixteen_bit
+from studio.core.layer_precision import layers_held_in
 from studio.core.placement.columns import column_of
 from studio.core.recipe import Recipe
 from studio.core.shape_from_config import shape_from_config
@@ -236,7 +236,7 @@ def test_what_lies_between_lora_and_qlora_has_its_price() -> None:
     assert forecaster.outlook(fewer).verdict != "fits"
     assert rows["main memory"][:2] == ("-", "-")
     assert float(rows["main memory"][2]) == pytest.approx(sides["streamed"].host_bytes / GIB, abs=0.05)
-    assert sides["mixed"].recipe.model.precision == layers_in_sixteen_bit((0, 1, 2, 3, 28, 29, 30, 31))
+    assert sides["mixed"].recipe.model.precision == layers_held_in("16bit", (0, 1, 2, 3, 28, 29, 30, 31))
     for recipe in (sides["streamed"].recipe, sides["mixed"].recipe):
         assert sides_of(recipe, forecaster, batches=True)[column_of(recipe)].recipe == recipe, "marked, and as it is"
     poor = Forecaster(shape, card_of("RTX 4070"), ram_bytes=4 * GIB)

@@ -7,7 +7,7 @@ none, the first and the last layers are kept, so many as fit.
 from collections.abc import Callable
 from typing import Literal
 
-from studio.core.layer_precision import SIXTEEN_BIT, layers_in_sixteen_bit, part_of
+from studio.core.layer_precision import SIXTEEN_BIT, layers_held_in, part_of
 from studio.core.placement.streaming import BUFFERS
 from studio.core.recipe import Recipe
 from studio.core.shape import ModelShape
@@ -95,4 +95,4 @@ def kept_layers(recipe: Recipe) -> int:
 def _with_kept(recipe: Recipe, shape: ModelShape, count: int) -> Recipe:
     """Return a recipe with some of the first and the last layers in 16 bit."""
     numbers = [*range((count + 1) // 2), *range(shape.layers - count // 2, shape.layers)]
-    return recipe.with_("model.precision", layers_in_sixteen_bit(numbers))
+    return recipe.with_("model.precision", layers_held_in(SIXTEEN_BIT, numbers))

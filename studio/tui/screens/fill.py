@@ -118,7 +118,7 @@ class FillScreen(Dialog[Recipe]):
     @work(thread=True, exclusive=True)
     def _plan(self) -> None:
         from studio.core.placement.planner import Planner  # noqa: PLC0415  with the estimator
-        from studio.probe.quality import audited  # noqa: PLC0415  as above
+        from studio.probe.quality import audited, layer_effects  # noqa: PLC0415  as above
 
         worker, forecaster, recipe = get_current_worker(), self._forecaster, self._recipe
         planner = Planner(
@@ -128,6 +128,7 @@ class FillScreen(Dialog[Recipe]):
             forecaster.device.budget_bytes(recipe) or 0,
             forecaster.ram_bytes,
             lambda setup: _unless_left(worker, forecaster, setup),
+            layer_effects(recipe),
         )
         for aim in AIMS:
             try:
@@ -139,7 +140,7 @@ class FillScreen(Dialog[Recipe]):
                 continue
             chosen = None if plan is None else plan.chosen.on(recipe)
             words = _words(plan, recipe, forecaster)
-            if aim == "fidelity" and not audited(recipe):
+            if aim == "fidelity" and planner.effects is None and not audited(recipe):
                 words = Content.assemble(words, ("  Not measured on this model: bits alone count.\n", "dim"))
             self.post_message(self.Planned(aim, chosen, words))
 
