@@ -4,7 +4,7 @@ import argparse
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from studio.commands.card_flags import add_card, device_for, number_between
 from studio.commands.gpus import notes_on
@@ -84,6 +84,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--transformers", metavar="VERSION", help="hf: its version, such as 4.48.1: losses differ")
     add_card(parser)
     parser.add_argument("--gpus", metavar="N", default="1", help="data-parallel replicas; the plan is for each")
+    parser.add_argument(
+        "--trade",
+        action="store_true",
+        help="beside it LoRA, QLoRA, a base streamed from main memory, and QLoRA with layers in 16 bit",
+    )
     add_json(parser)
 
 
@@ -111,9 +116,11 @@ def run(args: argparse.Namespace) -> int:
         estimate = replace(
             estimate, notes=(*estimate.notes, _NO_ROWS.format(plain(args.data, one_line=True, limit=80)))
         )
+    trade = _trade(recipe, shape, device) if args.trade and setup.engine == "studio" else None
     if args.json:
         plan = plan_to_dict(estimate, shape, setup, gpu=device.gpu, budget_bytes=budget)
-        write_json({**plan, **pace_to_dict(pace), "card": asdict(device.card) if device.card else None})
+        beside = {} if trade is None else {"trade": trade[0]}
+        write_json({**plan, **pace_to_dict(pace), "card": asdict(device.card) if device.card else None, **beside})
         _warn(device)
     else:
         _print(estimate, shape, setup, device, budget)
@@ -121,10 +128,20 @@ def run(args: argparse.Namespace) -> int:
             say(line)
         if data_known and (short := shorter_rows(pace, setup.seq_len)):
             say(short)
+        if trade is not None:
+            say(trade[1])
         for note in estimate.notes:
             say(f"note: {note}")
         _warn(device)
     return DONE if budget is None or estimate.verdict(budget) == "fits" else NO
+
+
+def _trade(recipe: Recipe, shape: ModelShape, device: PlanDevice) -> tuple[list[dict[str, Any]], str]:
+    """Return LoRA, QLoRA and what lies between as plain values, and as a table."""
+    from studio.commands.trade_text import trade_of, trade_table, trade_to_list  # noqa: PLC0415  10 ms for a flag
+
+    sides = trade_of(recipe, shape, device)
+    return trade_to_list(sides), trade_table(sides)
 
 
 def _estimate(shape: ModelShape, setup: Setup, gpu: Gpu | None) -> tuple[Setup, VramEstimate]:

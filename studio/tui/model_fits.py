@@ -15,12 +15,12 @@ from studio.core.shape import ModelShape
 from studio.core.shape_from_config import shape_from_config
 from studio.core.text import plain, plain_path
 from studio.core.vram.report import Verdict
+from studio.probe.forecast import Forecaster
 from studio.probe.known_models import known_models
 from studio.probe.plan import PlanDevice
-from studio.tui.forecast import Forecaster
+from studio.probe.trade import METHODS
 from studio.tui.panels.setup_step import Shown
 from studio.tui.readable import count, gib
-from studio.tui.trade import METHODS
 
 _RECIPE = Recipe()
 _ASSUMED = f"at 1 row of {count(_RECIPE.train.seq_len)} tokens and rank {_RECIPE.adapter.rank}"

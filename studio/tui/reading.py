@@ -5,8 +5,8 @@ from studio.core.placement.streaming import HOST_SHARE
 from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.probe.cards import Card, CardProcess
+from studio.probe.forecast import Outlook
 from studio.probe.plan import PlanDevice
-from studio.tui.forecast import Outlook
 from studio.tui.readable import count, gib, to_gib
 from widgets.gauge_picture import Level, Part, Reading
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from studio.core.shape import ModelShape
     from studio.probe.data.opened import Progress
     from studio.probe.data.sampled import RowsGuess
+    from studio.probe.forecast import Forecaster
     from studio.probe.local_models import Listed
     from studio.probe.machine import Machine
     from studio.probe.plan import PlanDevice
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from studio.runs.job import Job
     from studio.runs.last_recipe import LastRecipe
     from studio.runs.show import ShowProcess, ShowRequest
-    from studio.tui.forecast import Forecaster
     from studio.tui.merging import MergeFacts
     from studio.tui.model_fits import CardFits
 
@@ -161,10 +161,10 @@ class Services:
         """
         from studio.core.gpu_catalogue import find_gpu
         from studio.probe.device import place_of
+        from studio.probe.forecast import Forecaster
         from studio.probe.machine import ram_bytes
         from studio.probe.pace import calibrated
         from studio.probe.plan import device_from_catalogue, device_of
-        from studio.tui.forecast import Forecaster
 
         shape = _shape(recipe.model.base, recipe.model.revision)
         device = device_from_catalogue(find_gpu(planned)) if planned else device_of(place_of(recipe.device.device))

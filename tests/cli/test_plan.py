@@ -429,3 +429,28 @@ def test_the_config_of_another_hub_model_is_not_made_up(cli: Cli) -> None:
     outcome = cli("plan", "--model", "owner/Llama-3.1-8B-finetuned", "--gpu", "4090")
     assert (outcome.code, outcome.out) == (2, "")
     assert "cannot be found" in outcome.err
+
+
+def test_the_trade_is_a_table_and_a_list(cli: Cli, llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On 12 GB: LoRA does not fit, QLoRA does, a part of the base is streamed, some layers stay in 16 bit."""
+    monkeypatch.setattr("studio.commands.trade_text.ram_bytes", lambda: 32 * 2**30)
+    words = ("plan", "--model", llama, "--method", "qlora", "--gpu", "RTX 4070", "--trade")
+    outcome = cli(*words)
+    told = outcome.out.split("the trade ")[1]
+    for part in ("LoRA, ", "layers streamed", "layers in 16 bit", "not measured", "as LoRA", "does not fit"):
+        assert part in told
+    plan = json.loads(cli(*words, "--json").out)
+    columns = {one["column"]: one for one in plan["trade"]}
+    assert list(columns) == ["lora", "qlora", "streamed", "mixed"]
+    assert [one["verdict"] for one in columns.values()] == ["does not fit", "fits", "fits", "fits"]
+    assert columns["qlora"]["device"]["expected"] == plan["device_bytes"]
+    assert columns["streamed"]["host_bytes"] > 0
+    assert columns["streamed"]["recipe"]["model.stream"] > 2
+    assert set(columns["mixed"]["recipe"]["model.precision"].values()) == {"16bit"}
+    assert [one["fidelity"] for one in columns.values()] == ["the reference", "not measured", "as LoRA", "not measured"]
+    for column, one in columns.items():
+        choices = [f"{path}={value}" for path, value in one["recipe"].items() if path != "model.precision"]
+        kept = ",".join(f"{name}={word}" for name, word in one["recipe"]["model.precision"].items())
+        flags = [flag for choice in (*choices, f"model.precision={kept}") for flag in ("--set", choice)]
+        again = json.loads(cli("plan", "--model", llama, "--gpu", "RTX 4070", *flags, "--json").out)
+        assert again["device_bytes"] == one["device"]["expected"], column

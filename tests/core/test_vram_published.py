@@ -2,6 +2,7 @@
 
 import statistics
 from dataclasses import replace
+from itertools import product
 
 import pytest
 
@@ -97,6 +98,18 @@ def test_the_range_holds_the_measurement_and_is_no_wider_than_it_must(metric: st
         widths.append((bounds.high - bounds.low) / bytes_)
     assert held >= 0.95 * len(measured)
     assert statistics.median(widths) <= 0.46
+
+
+def test_the_bounds_of_planned_choices_cover_every_published_row():
+    """The planner holds the high end against a budget: no comparable measurement lies above it, or below the low."""
+    outside, count = [], 0
+    for item, metric in product(LIKE, ("allocated", "reserved", "device")):
+        if (measured := measured_bytes(item.row, metric)) is not None:
+            bounds, count = getattr(item.estimate, metric), count + 1
+            if not bounds.low <= measured <= bounds.high:
+                outside.append((item.row["id"], metric))
+    assert outside == []
+    assert count >= 110
 
 
 def test_the_high_end_holds_every_row_of_the_stock_loop_with_room_to_spare():

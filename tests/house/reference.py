@@ -285,7 +285,7 @@ def _printed(folder: Path) -> Iterator[tuple[str, list[list[str]]]]:
         processes=(CardProcess(7, "python", 2**30),), mig=False, pci="00000000:01:00.0",
     )  # fmt: skip
     plan = ["plan", _SHIPPED, "--gpu", "RTX 4090", "--json"]
-    yield "plan", [plan, ["plan", _SHIPPED, "--method", "qlora", "--vram-gib", "8", "--json"]]
+    yield "plan", [plan, ["plan", _SHIPPED, "--method", "qlora", "--vram-gib", "8", "--json"], [*plan, "--trade"]]
     yield "fit", [["fit", _SHIPPED, "--gpu", "RTX 4070", "--json"], ["fit", _SHIPPED, "--vram-gib", "1", "--json"]]
     yield "data check", [["data", "check", str(good), "--json"], ["data", "check", str(bad), "--json"]]
     yield "setup", [["setup", "--model", str(model), "--data", str(good), "--gpu", "RTX 4090", "--json"]]

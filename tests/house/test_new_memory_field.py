@@ -47,7 +47,7 @@ from studio.core.gpu_catalogue import find_gpu
 from studio.core.recipe import Recipe
 from studio.probe.plan import device_from_catalogue
 from studio.probe.shape import find_shape
-from studio.tui.forecast import Forecaster
+from studio.probe.forecast import Forecaster
 from studio.tui.reading import reading_of
 
 

@@ -17,13 +17,13 @@ from studio.core.gpu_catalogue import GIB, find_gpu
 from studio.core.recipe import Recipe
 from studio.core.shape_from_config import shape_from_config
 from studio.probe.cards import Card, CardProcess
+from studio.probe.forecast import Forecaster
 from studio.probe.plan import PlanDevice, device_from_catalogue
 from studio.runs.checkpoints import NoWholeCheckpoint
 from studio.runs.last_recipe import LastRecipe
 from studio.runs.layout import RunPaths
 from studio.runs.worker import Worker
 from studio.tui.app import StudioApp
-from studio.tui.forecast import Forecaster
 from studio.tui.screens.run import RunScreen
 from studio.tui.screens.runs import RunsScreen
 from studio.tui.services import Services

@@ -12,11 +12,11 @@ from textual.pilot import Pilot
 from studio.core.events import Finished
 from studio.core.recipe import Recipe
 from studio.launch.start import start as start_job
+from studio.probe.forecast import Forecaster
 from studio.runs.control import requested
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status, run_status
 from studio.tui.app import StudioApp
-from studio.tui.forecast import Forecaster
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.run import RunScreen
 from tests.fakes.runs import MODULE, LiveWorker, fake_environment, wait_for

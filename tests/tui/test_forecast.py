@@ -13,21 +13,22 @@ from studio.core.layer_precision import layers_held_in
 from studio.core.placement.columns import column_of
 from studio.core.recipe import Recipe
 from studio.core.shape_from_config import shape_from_config
+from studio.probe import trade
 from studio.probe.cards import Card, CardProcess, Driver
 from studio.probe.checkup import trouble_of
 from studio.probe.device import Sight
+from studio.probe.forecast import Forecaster, outlook_or_reason
 from studio.probe.machine import Machine
 from studio.probe.plan import PlanDevice
 from studio.probe.torch_cards import TorchBuild
+from studio.probe.trade import sides_of
 from studio.runs.quality import LaneResult
-from studio.tui import trade
-from studio.tui.forecast import Forecaster, outlook_or_reason
 from studio.tui.panels.fixes import applied_text, fix_lines
 from studio.tui.panels.forecast_text import over_budget_text, table_text
 from studio.tui.reading import host_reading, host_words, peak_words, reading_of, rows_words
 from studio.tui.services import Services
 from studio.tui.setup_texts import machine_text
-from studio.tui.trade import footnote, rows_of, sides_of
+from studio.tui.trade import footnote, rows_of
 from tests.tui.stories import EIGHT_B, ESCAPES, card_of
 
 SMALL = Recipe(method="qlora").with_("train.micro_batch", 2)

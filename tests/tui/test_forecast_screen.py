@@ -15,10 +15,10 @@ from studio.core.recipe import Recipe
 from studio.core.shape_from_config import shape_from_config
 from studio.core.vram.report import VramEstimate
 from studio.core.vram.setup import Setup
+from studio.probe.forecast import Forecaster
 from studio.probe.plan import PlanDevice
 from studio.runs.show import Summary
 from studio.tui.app import StudioApp
-from studio.tui.forecast import Forecaster
 from studio.tui.panels.data_note import DataNote
 from studio.tui.panels.fixes import FixList
 from studio.tui.panels.forecast import GaugeRows

@@ -19,8 +19,8 @@ from widgets.gauge import Gauge, Reading
 
 if TYPE_CHECKING:  # the estimator takes 0.1 s to import: a thread brings it after the first frame
     from studio.core.fit import Fix
-    from studio.tui.forecast import Forecaster, Outlook
-    from studio.tui.trade import Sides
+    from studio.probe.forecast import Forecaster, Outlook
+    from studio.probe.trade import Sides
 
 _PRICE_AFTER_SECONDS = 0.15
 _READING = "reading the model ..."
@@ -214,7 +214,7 @@ class Forecast(VerticalScroll):
         if named != self._keys_named:
             self._keys_named = named
             if self.forecaster is not None:
-                from studio.tui.forecast import outlook_or_reason  # noqa: PLC0415  with the estimator
+                from studio.probe.forecast import outlook_or_reason  # noqa: PLC0415  with the estimator
 
                 outlook = outlook_or_reason(self.forecaster, self._recipe)
                 if not isinstance(outlook, str):
@@ -259,7 +259,7 @@ class Forecast(VerticalScroll):
 
     @work(thread=True, exclusive=True, group="price")
     def _price(self, recipe: Recipe, forecaster: "Forecaster") -> None:
-        from studio.tui.trade import sides_of  # noqa: PLC0415  with the estimator
+        from studio.probe.trade import sides_of  # noqa: PLC0415  with the estimator
 
         try:
             sides = sides_of(recipe, forecaster, batches=True)
@@ -276,7 +276,7 @@ class Forecast(VerticalScroll):
         if self.forecaster is None:
             self._show_reason(self._reason)
             return
-        from studio.tui.forecast import outlook_or_reason  # noqa: PLC0415  a thread has imported it by now
+        from studio.probe.forecast import outlook_or_reason  # noqa: PLC0415  a thread has imported it by now
         from studio.tui.reading import host_reading, reading_of  # noqa: PLC0415
 
         outlook = outlook_or_reason(self.forecaster, self._recipe)
@@ -292,7 +292,7 @@ class Forecast(VerticalScroll):
     def _show_words(self, recipe: Recipe, outlook: "Outlook", forecaster: "Forecaster") -> None:
         if recipe is not self._recipe or forecaster is not self.forecaster:  # it was turned again since the last frame
             return
-        from studio.tui.trade import sides_of  # noqa: PLC0415  with the estimator
+        from studio.probe.trade import sides_of  # noqa: PLC0415  with the estimator
 
         self._show_peak(outlook, forecaster)
         if outlook.verdict in (None, "fits") and self._fixes[2]:

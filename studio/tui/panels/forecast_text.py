@@ -7,13 +7,14 @@ from studio.core.fit import Fix
 from studio.core.placement.columns import column_of
 from studio.core.recipe import Recipe
 from studio.core.text import plain
+from studio.probe.forecast import Outlook
 from studio.probe.plan import PlanDevice
-from studio.tui.forecast import Outlook
+from studio.probe.trade import METHODS, Sides
 from studio.tui.panels.fixes import saving_words
 from studio.tui.readable import gib
 from studio.tui.reading import STAGES, host_words, others_words
 from studio.tui.services import Services
-from studio.tui.trade import METHODS, Sides, heads_of, rows_of
+from studio.tui.trade import heads_of, rows_of
 
 _LABEL, _CELL = 13, 13
 """Cells of a label, and of a column where room is short."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # the estimator takes 0.1 s to import: a thread brings it aft
     from studio.core.placement.planner import Aim, Plan
     from studio.core.vram.report import VramEstimate
     from studio.core.vram.setup import Setup
-    from studio.tui.forecast import Forecaster
+    from studio.probe.forecast import Forecaster
 
 AIMS: "dict[Aim, str]" = {
     "speed": "the fastest settings that fit",
