@@ -25,7 +25,8 @@ class Token:
 
     Attributes:
         text: What stands for it, free of control characters; `⏎` ends a line.
-        look: `learnt`, `special`, `lost` (behind the cut), `note` for a line of its own that is no token, or empty.
+        look: `learnt`, `special`, `lost` (behind the cut), `note` for a line of its own that is no token, `head` for
+            one that begins another text, or empty.
         learnt: Whether it is learnt, which may be true of special and lost tokens too.
     """
 
@@ -47,6 +48,7 @@ class TokenView(ScrollView, can_focus=True):
         "token-view--special",
         "token-view--lost",
         "token-view--note",
+        "token-view--head",
         "token-view--mark",
         "token-view--found",
     }
@@ -61,6 +63,7 @@ class TokenView(ScrollView, can_focus=True):
         & > .token-view--special { color: $text-accent; }
         & > .token-view--lost { color: $text-error; text-style: strike; }
         & > .token-view--note { color: $text-warning; text-style: italic; }
+        & > .token-view--head { color: $text-primary; text-style: bold; }
         & > .token-view--mark { color: $text-success; text-style: bold reverse; }
         & > .token-view--found { color: $text-warning; text-style: reverse; }
     }
@@ -77,6 +80,11 @@ class TokenView(ScrollView, can_focus=True):
         self._lines: list[list[_Part]] = []
 
     @property
+    def free_rows(self) -> int:
+        """Lines of the view that are empty below the last one."""
+        return max(0, self.size.height - len(self._lines))
+
+    @property
     def text(self) -> str:
         """All lines, as they are shown."""
         return "\n".join("".join(part for part, _ in line) for line in self._lines)
@@ -91,6 +99,11 @@ class TokenView(ScrollView, can_focus=True):
         self._lay_out()
         found = next((row for row, line in enumerate(self._lines) if any(look == "found" for _, look in line)), 0)
         self.scroll_to(y=max(0, found - self.size.height // 2), animate=False)
+
+    def add(self, tokens: Sequence[Token]) -> None:
+        """Show further tokens below those that are shown, without scrolling."""
+        self._tokens += tuple(tokens)
+        self._lay_out()
 
     def render_line(self, y: int) -> Strip:
         """Return the line under the scroll position."""
@@ -118,11 +131,12 @@ class TokenView(ScrollView, can_focus=True):
         found = _found(self._tokens, self._sought)
         inside = False
         for place, token in enumerate(self._tokens):
-            if token.look == "note":
+            if token.look in ("note", "head"):
                 if inside:
                     yield _END, "mark"
                     inside = False
-                yield f"\n{token.text}\n", "note"
+                above = " \n" if token.look == "head" else ""
+                yield f"\n{above}{token.text}\n", token.look
                 continue
             if token.learnt != inside:
                 yield (_BEGIN if token.learnt else _END), "mark"

@@ -20,7 +20,7 @@ from studio.core.text import plain
 from studio.probe.data import DataSet, Finding, Preference, Reading, Row, first_row, inspect_data
 from studio.probe.data.chosen_files import holds_rows
 from studio.probe.data.formats import UnknownColumns
-from studio.probe.data.lengths import estimated_tokens, texts_of
+from studio.probe.data.lengths import bars_of, estimated_tokens, texts_of
 from studio.probe.data.opened import Progress
 from studio.probe.data.places import absolute_word, is_saved
 from studio.probe.device import place_of
@@ -36,6 +36,7 @@ _MOST_BYTES = 64 * 1024
 _COUNTED_ROWS = 2000
 _LONGEST_COUNTED = 50
 _SHOWN = 100
+_MOST_BARS = 6
 _CHARACTERS_PER_TOKEN = 3.0
 """Low on purpose (English has about four, code about three): it is better to estimate a row too long than to cut it."""
 
@@ -72,12 +73,17 @@ class DataChecked:
         facts: What a recommendation needs to know of it.
         advice: What to consider of these rows for this model; empty where there is nothing.
         unknown: Where its columns make no known row, their names, each with what the first row has there.
+        edges: Edges of bars of the rows' lengths in tokens, one more than bars; a row's tokens follow from its
+            characters.
+        counts: The rows of each bar; of pairs of answers both sides.
     """
 
     data: DataSet
     facts: DataFacts
     advice: str = ""
     unknown: tuple[tuple[str, str], ...] = ()
+    edges: tuple[int, ...] = ()
+    counts: tuple[int, ...] = ()
 
     @property
     def sound(self) -> bool:
@@ -140,8 +146,9 @@ def check_data(word: str, base: str, columns: Pairs = (), progress: Progress | N
         unknown = _unknown_columns(path)
         finding = Finding("wrong_columns", 1, "", str(error), fatal=True)
         data = DataSet(path, "unknown", (), (), (), (finding,), {finding.kind: 1}, 0)
-    facts = _facts(absolute_word(str(path)), data, base)
-    return DataChecked(data, replace(facts, columns=columns), _advice(base, data), unknown)
+    facts, tokens = _facts(absolute_word(str(path)), data, base)
+    bars = bars_of(tokens, _MOST_BARS) if tokens else ((), ())
+    return DataChecked(data, replace(facts, columns=columns), _advice(base, data), unknown, *bars)
 
 
 def _unknown_columns(path: Path) -> tuple[tuple[str, str], ...]:
@@ -211,8 +218,10 @@ def recommendation_for(answers: Answers, shape: ModelShape, data: DataFacts) -> 
     )
 
 
-def _facts(path: str, data: DataSet, base: str) -> DataFacts:
-    """Return what a recommendation needs of the rows: some rows and the longest are counted, the rest estimated.
+def _facts(path: str, data: DataSet, base: str) -> tuple[DataFacts, list[float]]:
+    """Return what a recommendation needs of the rows, and the tokens of each sequence by its characters.
+
+    Some rows and the longest are counted, the rest estimated.
 
     The model's chat template is not applied: it is a program by strangers, and runs only in jobs, within limits.
     """
@@ -223,7 +232,7 @@ def _facts(path: str, data: DataSet, base: str) -> DataFacts:
             characters.append(sum(map(len, texts_of(one))))
             rows_of.append(place)
     if not characters:
-        return DataFacts(path, 0, 0, 0)
+        return DataFacts(path, 0, 0, 0), []
     text = data.format == "text"
     every = max(1, len(characters) // _COUNTED_ROWS)
     longest = sorted(range(len(characters)), key=characters.__getitem__)[-_LONGEST_COUNTED:]
@@ -233,9 +242,11 @@ def _facts(path: str, data: DataSet, base: str) -> DataFacts:
     except BadInput:
         most = int(max(characters) / _CHARACTERS_PER_TOKEN)
         total = int(sum(characters) / _CHARACTERS_PER_TOKEN)
-        return DataFacts(path, len(data.rows), total, most, counted=False, pairs=pairs, text=text)
+        facts = DataFacts(path, len(data.rows), total, most, counted=False, pairs=pairs, text=text)
+        return facts, [one / _CHARACTERS_PER_TOKEN for one in characters]
     share = sum(counted[: len(chosen)]) / max(1, sum(characters[place] for place in chosen))
-    return DataFacts(path, len(data.rows), int(share * sum(characters)), max(counted), pairs=pairs, text=text)
+    facts = DataFacts(path, len(data.rows), int(share * sum(characters)), max(counted), pairs=pairs, text=text)
+    return facts, [share * one for one in characters]
 
 
 def _sequences(row: Row) -> tuple[Row, ...]:

@@ -25,6 +25,7 @@ from studio.probe.hub import is_hub_id
 from studio.probe.local_models import Listed
 from studio.probe.machine import Machine
 from studio.probe.setup import Answers, DataChecked, goal_for
+from studio.tui.panels.data_text import bars_text
 from studio.tui.panels.setup_step import Shown, path_line
 from studio.tui.readable import UNKNOWN, count, gib
 from studio.tui.reading import STAGES, process_words
@@ -42,6 +43,8 @@ _WORD = 15
 _MOST_NAMED = 12
 _MOST_FINDINGS = 8
 _EXAMPLE, _MOST_EXAMPLES = 160, 6
+_BARS = 44
+"""Cells for bars: as many as the words of a step have where they stand beside its options."""
 _TWO_COLUMNS = 60
 _LEAST_NAME, _NAME_ABOVE = 20, 76
 _LEVELS = {"fits": "$text-success bold", "tight": "$text-warning bold", "does not fit": "$text-error bold"}
@@ -364,9 +367,13 @@ class Lookup:
             checked = self._checked(answers.data, answers.base, answers.columns)
         except StudioError as error:
             return Seen(refused_text(str(error)))
+        words = data_text(checked)
+        if checked.sound and len(checked.counts) > 1:
+            title = "Tokens of a row, by its characters"
+            words = Content.assemble(words, "\n", bars_text(checked.edges, checked.counts, _BARS, title))
         goal = goal_for(answers.goal, checked.facts)
         fitting = replace(answers, data=checked.facts.path, goal=goal)
-        return Seen(data_text(checked), fitting if checked.sound else None, checked.unknown)
+        return Seen(words, fitting if checked.sound else None, checked.unknown)
 
     def recommendation(self, answers: Answers) -> Recommendation:
         """Return the recommendation.

@@ -22,6 +22,8 @@ from studio.tui.screens.data import DataScreen
 from studio.tui.services import Services
 from tests.fakes.runs import CHECKOUT
 from tests.fakes.tiny_model import make_tiny_model
+from tests.pictures.drawn import rows_of
+from tests.pictures.findings import EMPTY, empty_share
 from tests.tui.stories import (
     BOTH,
     HOSTILE,
@@ -106,8 +108,11 @@ def test_a_walk_through_the_rows(recipe: Recipe, tmp_path: Path, size: tuple[int
         assert "rows.jsonl" in text
         assert "row 1  1 of 23" in " ".join(text.split("   "))
         assert "<|im_start|>user⏎" in text
+        await until(pilot, lambda: "row 2  2 of 23   " in shown(app))  # the rows that follow, where there is room
+        if size == WIDE:
+            await until(pilot, lambda: empty_share(rows_of(app.screen._compositor.render_strips()), size[0]) <= EMPTY)
         await pilot.press("n")
-        await until(pilot, lambda: "▸it is 2<|im_end|>◂⏎" in shown(app))
+        await until(pilot, lambda: "▸it is 1<|im_end|>◂⏎" not in shown(app) and "row 3  3 of 23   " in shown(app))
         await pilot.press("left")
         await until(pilot, lambda: "▸it is 1<|im_end|>◂⏎" in shown(app))
         await pilot.press("t")

@@ -1,8 +1,10 @@
 """The guided set-up: answers, the way back, what is refused, and what comes out."""
 
 import json
+import re
 import struct
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ from studio.probe.plan import device_from_catalogue
 from studio.probe.setup import Answers, DataChecked, check_data
 from studio.tui.app import StudioApp
 from studio.tui.model_fits import fits_of
+from studio.tui.panels.data_text import EXAMPLE_ROWS
 from studio.tui.panels.setup_step import SetupStep
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.run import RunScreen
@@ -396,6 +399,19 @@ def test_bad_rows_are_named_and_hold_the_step(tmp_path: Path) -> None:
         assert_harmless(app)
 
     play_setup(story, tmp_path, finding(Told(), files=(bad,)))
+
+
+@pytest.mark.parametrize("kind", EXAMPLE_ROWS)
+def test_rows_are_read_as_the_set_up_shows_them(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    words = (f"word {number} " * number for number in count(1))
+    rows = [re.sub(r"\.\.\.", lambda _: next(words), EXAMPLE_ROWS[kind]) for _ in range(2)]
+    file.write_text("".join(f"{row}\n" for row in rows))
+    checked = check_data(str(file), "no tokenizer here")
+    assert checked.sound, checked.data.findings
+    assert sum(checked.counts) == (4 if checked.facts.pairs else 2)
+    assert checked.facts.text is (kind == "Plain text")
+    assert checked.facts.pairs is ("better" in kind)
 
 
 MARK = "[b]x[@click=app.quit]"

@@ -1,5 +1,7 @@
 """How long the rows of a data file are, in characters and in a model's tokens."""
 
+import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -53,6 +55,17 @@ def token_lengths(rows: Sequence[Row], model: str, progress: Progress | None = N
         if progress:
             progress(len(lengths), len(rows))
     return lengths
+
+
+def bars_of(lengths: Sequence[float], most: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the edges of at most so many bars of one width that hold all lengths, and how many lie in each."""
+    low, high = math.floor(min(lengths)), math.floor(max(lengths)) + 1
+    bars = max(1, min(most, len(set(map(round, lengths))), high - low))
+    edges = tuple(low + round((high - low) * place / bars) for place in range(bars + 1))
+    counts = [0] * bars
+    for length in lengths:
+        counts[bisect_right(edges, length) - 1] += 1
+    return edges, tuple(counts)
 
 
 def _together(rows: Sequence[Row]) -> Iterator[list[list[str]]]:

@@ -1,9 +1,7 @@
 """The texts of the Data screen: rows as tokens, what they add up to, what is left out; and the worst in a line."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from textwrap import wrap
 from typing import TYPE_CHECKING
 
@@ -12,6 +10,7 @@ from textual.content import Content
 from studio.core.left_out import reason
 from studio.core.recipe import Recipe
 from studio.core.text import every_character, plain
+from studio.probe.data.lengths import bars_of
 from studio.runs.show import Opened, RowShown, ShownExample, Summary
 from studio.tui.readable import count
 from widgets.token_view import Token
@@ -23,6 +22,14 @@ _MOST_BARS = 12
 _NO_CUT = 2**31
 _LABEL = 10
 _SMALL_SHARE, _MANY_CUT = 0.05, 0.02
+EXAMPLE_ROWS = {
+    "Conversations": '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}',
+    "Questions and answers": '{"question": "...", "answer": "..."}',
+    "Instructions": '{"instruction": "...", "input": "...", "output": "..."}',
+    "A better and a worse answer": '{"prompt": "...", "chosen": "...", "rejected": "..."}',
+    "Plain text": '{"text": "..."}',
+}
+"""A row of each kind, as the set-up shows it."""
 _Parts = list[str | tuple[str, str]]
 
 
@@ -104,10 +111,7 @@ def guess_text(guess: "RowsGuess", recipe: Recipe, cells: int) -> Content:
     least, usual, most = (
         [guess_row.tokens_per_row(_NO_CUT)[place] for guess_row in _rows_of(guess)] for place in range(3)
     )
-    bars = min(_MOST_BARS // 2, len(set(map(round, usual))))
-    low, high = math.floor(min(usual)), math.floor(max(usual)) + 1
-    edges = tuple(low + round((high - low) * place / bars) for place in range(bars + 1))
-    counts = tuple(sum(start <= tokens < end for tokens in usual) for start, end in pairwise(edges))
+    edges, counts = bars_of(usual, _MOST_BARS // 2)
     longest = f"{count(round(max(least)))} to {count(round(max(most)))} tokens, by the characters"
     cut = sum(tokens > recipe.train.seq_len for tokens in usual)
     cut_words = f"about {cut / len(usual):.0%} of the rows" if cut else "none"
@@ -126,6 +130,20 @@ def guess_text(guess: "RowsGuess", recipe: Recipe, cells: int) -> Content:
         ]
     seen = Summary(seq_len=recipe.train.seq_len, edges=edges, counts=counts)
     return Content.assemble(*parts, "\n", *_histogram(seen, cells, "Tokens of the first rows, by their characters"))
+
+
+def readable_text() -> Content:
+    """Return which files and which columns are read, for somebody who brings data of their own."""
+    files = "JSON Lines, JSON, CSV, Parquet, Arrow and text, packed or not; a folder of them; a data set of the hub"
+    parts: _Parts = [("What can be read\n", "bold"), f"{files}\n"]
+    for kind, row in EXAMPLE_ROWS.items():
+        parts += [(f"\n{kind}\n", "$text-primary"), (f"{row}\n", "dim")]
+    return Content.assemble(*parts, "\nWhere columns have other names, the next question is which is which.")
+
+
+def bars_text(edges: tuple[int, ...], counts: tuple[int, ...], cells: int, title: str) -> Content:
+    """Return a bar for each range of lengths, as `studio.probe.data.lengths.bars_of` makes them."""
+    return Content.assemble(*_histogram(Summary(seq_len=_NO_CUT, edges=edges, counts=counts), cells, title))
 
 
 def _rows_of(guess: "RowsGuess") -> Iterator["RowsGuess"]:

@@ -97,6 +97,7 @@ class SetupStep(Vertical):
         & .found { height: auto; display: none; margin: 0 0 1 0; }
         & .found.-shown { display: block; }
         & .asked { height: auto; }
+        & .hint { display: none; }
         & OptionList { height: auto; max-height: 9; margin: 0 0 1 0; border: none; padding: 0; }
         & OptionList { scrollbar-size-vertical: 1; }
         &#step-machine OptionList { max-height: 3; }
@@ -117,6 +118,7 @@ class SetupStep(Vertical):
             }
             & OptionList { height: 1fr; margin: 0; background: transparent; }
             & OptionList, &#step-machine OptionList { max-height: 100%; }
+            & .hint { display: block; height: auto; max-height: 70%; margin: 1 0 0 0; }
             & TextLine { margin: 1 0 0 0; }
             & _Words { width: 1fr; height: 100%; }
             &#step-recipe _Words { width: 2fr; }
@@ -148,7 +150,9 @@ class SetupStep(Vertical):
             super().__init__()
             self.step, self.text = step, text
 
-    def __init__(self, key: str, question: str, about: str, *, placeholder: str = "") -> None:
+    def __init__(
+        self, key: str, question: str, about: str, *, placeholder: str = "", hint: Content | None = None
+    ) -> None:
         """Ask a question.
 
         Args:
@@ -156,10 +160,11 @@ class SetupStep(Vertical):
             question: What is asked.
             about: What the words on what is chosen are about, for the title of their panel.
             placeholder: What may be typed; empty for a step of options only.
+            hint: What to know of all options, where there is room for it below them.
         """
         super().__init__(id=f"step-{key}")
         self.key = key
-        self._question, self._about, self._placeholder = question, about, placeholder
+        self._question, self._about, self._placeholder, self._hint = question, about, placeholder, hint
         self._options: list[tuple[str, Shown]] = []
         self.lit = ""
 
@@ -170,6 +175,8 @@ class SetupStep(Vertical):
             yield Static(Content(self._question), classes="question", markup=False)
             yield Static("", classes="found", markup=False)
             yield _Options(compact=True)
+            if self._hint:
+                yield Static(self._hint, classes="hint", markup=False)
             if self._placeholder:
                 yield _Line(placeholder=self._placeholder)
         with _Words(can_focus=False) as words:

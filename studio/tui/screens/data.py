@@ -1,11 +1,14 @@
 """The data as the model will read it: rows token by token, what they add up to, what is left out, which rows repeat."""
 
+from collections import deque
+from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 from textual import events, work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import Container, VerticalScroll
+from textual.containers import Container, Vertical, VerticalScroll
 from textual.content import Content
 from textual.message import Message
 from textual.reactive import reactive
@@ -23,6 +26,8 @@ from widgets.key_footer import KeyFooter
 from widgets.tab_row import TabRow
 from widgets.token_view import Token, TokenView
 
+_MOST_BELOW = 40
+"""Rows that are shown below the one that was asked for: more than a screen of the shortest ones has room for."""
 _VIEWS = (("row", "1 Row"), ("facts", "2 Lengths, shares"), ("left", "3 Left out"), ("repeats", "4 Repeats"))
 _ASKS = {"number": "the number of a row, then enter", "words": "words that a row says, then enter; n finds the next"}
 
@@ -30,7 +35,8 @@ _ASKS = {"number": "the number of a row, then enter", "words": "words that a row
 class DataScreen(Screen[None]):
     """Looks at the data of a recipe. The process that reads it lives as long as this screen.
 
-    In wide terminals a row stands beside the view that was chosen, else there is one view at a time.
+    In wide terminals a row stands beside the view that was chosen, else there is one view at a time. Where a row leaves
+    room, those that follow it stand below it.
     """
 
     HELP = "The rows as the model reads them, token by token; what is learnt is marked."
@@ -55,8 +61,10 @@ class DataScreen(Screen[None]):
         & TabRow { padding: 0 1; }
         & #data-row-head { height: auto; max-height: 2; padding: 0 1; }
         & #data-views { height: 1fr; }
-        & #data-views > * { display: none; width: 1fr; height: 1fr; padding: 0 1; }
-        & #data-views > .-chosen { display: block; }
+        & .view { display: none; width: 1fr; height: 1fr; padding: 0 1; }
+        & .view.-chosen { display: block; }
+        & #beside { display: none; width: 1fr; height: 1fr; }
+        & #beside.-chosen { display: block; }
         & VerticalScroll { scrollbar-size-vertical: 1; }
         & VerticalScroll > Static { height: auto; }
         & #data-note { height: auto; max-height: 4; padding: 0 1; color: $text-warning; display: none; }
@@ -66,8 +74,9 @@ class DataScreen(Screen[None]):
     DataScreen.-wide {
         & #data-views { layout: horizontal; }
         & #row { display: block; width: 3fr; }
-        & #facts, & #left, & #repeats { width: 2fr; border-left: solid $foreground 20%; }
-        & #facts.-beside { display: block; }
+        & #beside { display: block; width: 2fr; border-left: solid $foreground 20%; }
+        & #facts { display: block; }
+        & #left, & #repeats { height: auto; max-height: 60%; margin-bottom: 1; }
     }
     """
 
@@ -90,6 +99,9 @@ class DataScreen(Screen[None]):
         self._opened: Opened | None = None
         self._summary = Summary()
         self._row: RowShown | None = None
+        self._below: list[RowShown] = []
+        # The process answers in turn: for each row that it was asked for, whether it is to stand below another one.
+        self._asked: deque[bool] = deque()
         self._only: Filter = "all"
         self._sought = ""
         self._asking = ""
@@ -102,10 +114,11 @@ class DataScreen(Screen[None]):
         yield TabRow(_VIEWS, self.view)
         yield Static("", id="data-row-head", markup=False)
         with Container(id="data-views"):
-            yield TokenView(id="row")
-            for key in ("facts", "left", "repeats"):
-                with VerticalScroll(id=key):
-                    yield Static("", markup=False)
+            yield TokenView(id="row").add_class("view")
+            with Vertical(id="beside"):
+                for key in ("left", "repeats", "facts"):
+                    with VerticalScroll(id=key, classes="view"):
+                        yield Static("", markup=False)
         yield Static("", id="data-note", markup=False)
         yield Input(compact=True)
         yield KeyFooter()
@@ -132,8 +145,9 @@ class DataScreen(Screen[None]):
         self.view = message.key
 
     def on_resize(self) -> None:
-        """Draw the bars for the new width."""
+        """Draw the bars for the new width, and fill the new room."""
         self.call_after_refresh(self._show_facts)
+        self.call_after_refresh(self._ask_below)
 
     def on_data_screen_heard(self, message: Heard) -> None:
         """Show what the process said."""
@@ -145,15 +159,15 @@ class DataScreen(Screen[None]):
                 self._state = event.detail + (f" {event.fraction:.0%}" if event.fraction else "")
             case Opened():
                 self._open(event)
-            case RowShown():
-                self._show_row(event)
-            case NoRow():
-                self._note(event.message)
+            case RowShown() | NoRow():
+                self._take(event, below=self._asked.popleft())
             case Summary():
                 self._summary = event
                 self._show_facts()
             case NotAnswered():
                 self._ended = self._ended or event.fatal
+                if not event.fatal and self._asked:
+                    self._asked.popleft()
                 self._note(f"{event.message} {event.advice}" + (" r looks again." if event.fatal else ""))
                 self._state = "ended" if self._ended else self._state
                 self.refresh_bindings()
@@ -179,14 +193,14 @@ class DataScreen(Screen[None]):
         if asking == "number" and words:
             digits = words.replace(" ", "").replace(",", "")
             if digits.isdecimal():
-                self._process.ask_number(int(digits[:18]))
+                self._ask(self._process.ask_number, int(digits[:18]))
             else:
                 self._note(f"'{words}' is no number of a row.")
         elif asking == "words":
             self._sought = words
             place = self._row.place if self._row else 0
             if words:
-                self._process.ask_next(place - 1, 1, self._only, words, around=True)
+                self._ask(partial(self._process.ask_next, around=True), place - 1, 1, self._only, words)
             elif self._row is not None:
                 self._show_row(self._row)
 
@@ -202,7 +216,7 @@ class DataScreen(Screen[None]):
         """Show the next row or the one before, of those that are gone through."""
         if self._process is not None:
             place = self._row.place if self._row else -1
-            self._process.ask_next(place, step, self._only, self._sought)
+            self._ask(self._process.ask_next, place, step, self._only, self._sought)
 
     def action_ask(self, what: str) -> None:
         """Ask for a number or words."""
@@ -217,7 +231,7 @@ class DataScreen(Screen[None]):
         """Go through other rows: all, cut ones, those left out, held-out ones, repeats."""
         self._only = FILTERS[(FILTERS.index(self._only) + 1) % len(FILTERS)]
         if self._process is not None and self._only != "all":
-            self._process.ask_next(-1, 1, self._only, self._sought)
+            self._ask(self._process.ask_next, -1, 1, self._only, self._sought)
         self._note("")
         self._show_row_head()
 
@@ -238,6 +252,7 @@ class DataScreen(Screen[None]):
     def action_again(self) -> None:
         """Start another process after the last one has ended."""
         self._ended, self._opened, self._process, self._state = False, None, None, "starting"
+        self._asked.clear()
         self._note("")
         self._show_head()
         self.refresh_bindings()
@@ -260,8 +275,7 @@ class DataScreen(Screen[None]):
         self.query_one(TabRow).current = view
         for key, _ in _VIEWS:
             self.query_one(f"#{key}").set_class(key == view, "-chosen")
-        # In a wide terminal the row always has something beside it.
-        self.query_one("#facts").set_class(view == "row", "-beside")
+        self.query_one("#beside").set_class(view != "row", "-chosen")
         self.set_focus(self.query_one(f"#{view}"))
 
     def _open(self, opened: Opened) -> None:
@@ -269,16 +283,42 @@ class DataScreen(Screen[None]):
         self._show_facts()
         self.refresh_bindings()
         if opened.rows and self._process is not None:
-            self._process.ask_place(0)
+            self._ask(self._process.ask_place, 0)
         elif not opened.rows:
             self._note("No row of this file can be used: see what was found in them.")
             self.view = "left"
 
+    def _ask(self, ask: Callable[..., None], *words: object, below: bool = False) -> None:
+        self._asked.append(below)
+        ask(*words)
+
+    def _ask_below(self) -> None:
+        """Ask for the row that follows the last one, where there is room for it and no other row is waited for."""
+        if self._row is None or self._process is None or self._asked or len(self._below) >= _MOST_BELOW:
+            return
+        if self.query_one(TokenView).free_rows > 1:
+            last = (self._below or [self._row])[-1]
+            self._ask(self._process.ask_next, last.place, 1, self._only, self._sought, below=True)
+
+    def _take(self, row: RowShown | NoRow, *, below: bool) -> None:
+        """Show the row that was asked for, or add the one that follows unless another was asked for meanwhile."""
+        if isinstance(row, NoRow):
+            if not below:
+                self._note(row.message)
+        elif not below:
+            self._show_row(row)
+        elif all(self._asked):
+            self._below.append(row)
+            head = Token(row_head(row, "all", "").plain, "head")
+            self.query_one(TokenView).add([head, *row_tokens(row)])
+            self._ask_below()
+
     def _show_row(self, row: RowShown) -> None:
-        self._row = row
+        self._row, self._below = row, []
         self._note("")
         self.query_one(TokenView).show(row_tokens(row) or [Token("(empty)", "note")], self._sought)
         self._show_row_head()
+        self._ask_below()
 
     def _show_row_head(self) -> None:
         words = row_head(self._row, self._only, self._sought) if self._row else Content("")

@@ -23,6 +23,7 @@ from studio.probe.local_models import Listed
 from studio.probe.setup import Answers, recipe_to_show
 from studio.tui import setup_texts as texts
 from studio.tui.asks import ShowData
+from studio.tui.panels.data_text import readable_text
 from studio.tui.panels.setup_step import SetupStep
 from studio.tui.screens.cards import CardScreen
 from studio.tui.screens.columns import ColumnsScreen
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 STEPS = ("machine", "model", "data", "goal", "recipe")
 _BUSY = "Working ..."
+_MODEL, _FILE = "a folder, a hub id, or words to search the hub", "a file, a folder or owner/name of the hub"
 _LOOK_AFTER_SECONDS = 0.15
 
 
@@ -112,15 +114,8 @@ class SetupScreen(Screen[SetupDone | None]):
             yield TabRow([(key, f"{number} {key.title()}") for number, key in enumerate(STEPS, start=1)], STEPS[0])
         with Container(id="steps"):
             yield SetupStep("machine", "What will it train on?", "The machine, and what it trains")
-            yield SetupStep(
-                "model",
-                "Which model is to learn?",
-                "The model",
-                placeholder="a folder, a hub id, or words to search the hub",
-            )
-            yield SetupStep(
-                "data", "What is it to learn from?", "The rows", placeholder="a file, a folder or owner/name of the hub"
-            )
+            yield SetupStep("model", "Which model is to learn?", "The model", placeholder=_MODEL)
+            yield SetupStep("data", "What is it to learn from?", "The rows", placeholder=_FILE, hint=readable_text())
             yield SetupStep("goal", "What is it for?", "Is fine-tuning the tool for it?")
             yield SetupStep("recipe", "This is what we would do", "Every choice, and why")
         yield KeyFooter()
