@@ -107,6 +107,20 @@ def test_kept_dequantised_weights_give_the_same_bits(case: Any, monkeypatch: pyt
     assert two == three - of_all
 
 
+@pytest.mark.parametrize(("dropout", "attention", "saved"), [(0.0, 0.0, 0), (0.1, 0.0, LAYERS), (0.0, 0.1, LAYERS)])
+def test_random_state_is_saved_only_where_something_is_dropped(
+    dropout: float, attention: float, saved: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SMALL, "attention_dropout", attention)
+    model, states = model_of("all", dropout=dropout), list[Tensor]()
+    state = torch.get_rng_state
+    monkeypatch.setattr(torch, "get_rng_state", lambda: states.append(state()) or states[-1])
+    StepModel(model, "chunked", nullcontext).train()(
+        {"input_ids": torch.arange(3, 33)[None], "labels": torch.arange(3, 33)[None]}
+    )
+    assert len(states) == saved
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_layers_that_can_be_left_out(family: str) -> None:

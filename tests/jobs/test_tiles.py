@@ -17,7 +17,10 @@ from studio.core.vram.loop import layer_traits
 from studio.core.vram.setup import Setup
 from studio.core.vram.tape import Tape
 from studio.core.vram.tiles import takes_tiles
+from studio.jobs.base.head_groups import attention_by_groups, by_groups
 from studio.jobs.base.model_class import decoder_layers
+from studio.jobs.base.sinks import KernelCall
+from studio.jobs.measure.fake import fake_world
 from studio.jobs.measure.trace import Target, trace
 from studio.jobs.train.adapter import attach_adapter
 from studio.jobs.train.tiles import dense_mlp
@@ -133,6 +136,38 @@ def test_short_rows_and_uncheckpointed_layers_are_taken_whole() -> None:
     assert rows[2:] == [TILE, TILE], "an evaluation keeps nothing, and is taken in tiles"
 
 
+@pytest.mark.parametrize(("heads", "keys", "groups"), [(8, 4, 4), (6, 6, 6), (7, 1, 1), (22, 11, 1), (24, 12, 6)])
+def test_heads_in_groups_give_the_same_bits(
+    heads: int, keys: int, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert size_of_tiles.head_groups(keys) == groups
+    results, calls = [], []
+    forward = KernelCall.forward
+    monkeypatch.setattr(KernelCall, "forward", lambda *given: calls.append(1) or forward(*given))
+    for longest in (40, 41):  # in rows of 41 tokens
+        monkeypatch.setattr(size_of_tiles, "GROUPED_FROM_TOKENS", longest)
+        torch.manual_seed(0)
+        inputs = [torch.randn(2, 41, count, 16).transpose(1, 2).requires_grad_() for count in (heads, keys, keys)]
+        layer = torch.nn.Module()
+        layer.num_key_value_groups = heads // keys
+        out, _ = attention_by_groups(layer, *inputs, None, scaling=0.3)
+        assert out.shape == (2, 41, heads, 16)
+        results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    assert len(calls) == (groups if groups > 1 else 0)
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_packed_rows_take_heads_in_groups_too() -> None:
+    """On fake tensors: the flash kernel has not run here."""
+    with fake_world():
+        inputs = [torch.empty(50, heads, 16, dtype=torch.bfloat16, requires_grad=True) for heads in (8, 4, 4)]
+        call = KernelCall("flash", 0.25, causal=True, longest=30)
+        out = by_groups(inputs, call, 4, torch.empty(3, dtype=torch.int32))
+        gradients = torch.autograd.grad(out.sum(), inputs)
+    assert [one.shape for one in (out, *gradients)] == [inputs[0].shape, *(one.shape for one in inputs)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "settings"),
@@ -140,9 +175,12 @@ def test_short_rows_and_uncheckpointed_layers_are_taken_whole() -> None:
         ("Llama-3.2-1B", {"method": "qlora", "seq_len": 1500, "rank": 32}),
         ("Llama-3.2-1B", {"method": "lora", "seq_len": 700, "micro_batch": 2, "accumulation": 2, "dropout": 0.1}),
         ("gemma-2b", {"method": "lora", "seq_len": 1024, "targets": ("up_proj", "down_proj")}),
+        ("Llama-3.2-1B", {"method": "lora", "seq_len": 2048, "recompute": "none"}),
+        ("Qwen3-4B", {"method": "qlora", "seq_len": 2046}),
     ],
 )
-def test_the_estimate_beside_a_trace(name: str, settings: dict[str, Any]) -> None:
+def test_the_estimate_beside_a_trace(name: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(size_of_tiles, "GROUPED_FROM_TOKENS", 1100)
     recipe = recipe_of(settings)
     peaks = trace(recipe, config_of(name, 2), Target("cuda", recipe.model.dtype)).log.peaks()
     row = {"model": name, "layers": 2, "settings": settings, "peaks": peaks}

@@ -5,6 +5,7 @@ modeling_deepseek_v3.py (`DeepseekV3Attention`), transformers 5.24.
 """
 
 from studio.core.shape import Layer
+from studio.core.tiles import head_groups
 from studio.core.vram import operators as op
 from studio.core.vram.elementwise import unscaled_norm
 from studio.core.vram.modules import Modules
@@ -191,6 +192,7 @@ def _attend(run: Modules, layer: Layer, query: Tensor, key: Tensor, value: Tenso
         masked=masked,
         value_share=layer.heads.value_width / layer.heads.width,
         sinks=run.traits.sinks,
+        groups=head_groups(layer.heads.keys) if run.traits.groups_heads and kernel in ("flash", "cpu") else 1,
     )
     return out, None
 

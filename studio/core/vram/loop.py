@@ -6,7 +6,7 @@ from functools import lru_cache
 from studio.core.families import OWN_NORM, OWN_ROTARY
 from studio.core.gpu_catalogue import Gpu
 from studio.core.shape import EXPERTS_DOWN, EXPERTS_UP, ModelShape
-from studio.core.tiles import tile_tokens
+from studio.core.tiles import groups_heads, tile_tokens
 from studio.core.trainable import AS_PEFT, HEAD, target_names
 from studio.core.vram.frozen import BLOCK, FrozenForm, everywhere_plain, frozen_form, packs_stacks
 from studio.core.vram.gemma import around_streams
@@ -109,14 +109,17 @@ def at_size(loop: Loop, shape: ModelShape, setup: Setup) -> Loop:
     """Return the loop for a micro-batch; the same loop where layers do not depend on its size."""
     tiled = setup.engine == "studio" and not setup.compile
     of_length = shape.mixes_by_state * setup.seq_len
-    return _at_size(loop, of_length, tiled * tile_tokens(setup.tokens), setup.keeps_dequantised)
+    plain = tiled and setup.attention == "sdpa" and not (shape.own_attention or shape.sinks)
+    groups = plain and groups_heads(setup.seq_len)
+    return _at_size(loop, of_length, tiled * tile_tokens(setup.tokens), groups, setup.keeps_dequantised)
 
 
 @lru_cache(maxsize=256)
-def _at_size(loop: Loop, length: int, tile: int, keeps: bool) -> Loop:
-    if not (length or tile or keeps):
+def _at_size(loop: Loop, length: int, tile: int, groups: bool, keeps: bool) -> Loop:
+    if not (length or tile or groups or keeps):
         return loop
-    return replace(loop, traits=replace(loop.traits, length=length, tile=tile, keeps_dequantised=keeps))
+    sized = replace(loop.traits, length=length, tile=tile, groups_heads=groups, keeps_dequantised=keeps)
+    return replace(loop, traits=sized)
 
 
 @lru_cache(maxsize=256)

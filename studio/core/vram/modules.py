@@ -65,6 +65,7 @@ class LayerTraits:
         length: Tokens per row; 0 where a layer's sizes do not depend on it.
         fused_mixers: Whether kernels mix tokens by state and keep nothing but what they are given and what they give.
         tile: Tokens that a dense MLP takes at once in checkpointed layers and in evaluations; 0 for all.
+        groups_heads: Whether attention takes its heads in groups.
         joins_products: Whether one function makes an adapted layer's frozen product and its pair's, as in our loop.
         keeps_dequantised: Whether a checkpointed layer that is computed again keeps its dequantised weights until then.
         fused_norms: Whether one function makes an RMS norm.
@@ -87,6 +88,7 @@ class LayerTraits:
     length: int = 0
     fused_mixers: bool = False
     tile: int = 0
+    groups_heads: bool = False
     joins_products: bool = False
     keeps_dequantised: bool = False
     fused_norms: bool = False

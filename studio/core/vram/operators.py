@@ -360,6 +360,7 @@ def fused_attention(
     masked: bool = False,
     value_share: float = 1,
     sinks: bool = False,
+    groups: int = 1,
 ) -> Tensor:
     """Return scaled_dot_product_attention by a kernel without S x S matrices.
 
@@ -370,13 +371,16 @@ def fused_attention(
     cuda/flash_attn/flash_api.cpp mha_bwd, cuda/mem_eff_attention/kernel_backward.h). What the CPU's kernel allocates
     inside itself is not counted (`workspaces`). `value_share` is the width of a value's head in that of a query's.
     A sink is put into the output in place, by two tensors of one number per row and head (`sinks`,
-    studio/jobs/base/sinks.py).
+    studio/jobs/base/sinks.py). Heads may be taken in several `groups` (studio/jobs/base/head_groups.py).
     """
     tape = query.tape
     statistics = Polynomial(per_token=heads)
     accumulator = (query.elements.times(4),) if query.itemsize < 4 else ()
     grouped = (query.bytes, query.bytes) if flash and key.elements != query.elements else ()
     works = (statistics.times(4), *accumulator, *grouped) if workspaces else ()
+    if groups > 1:  # the gradients of a group, and its output and that one's gradient laid for the kernel
+        own = (query.bytes, key.bytes, value.bytes, query.bytes, query.bytes)
+        works = tuple(size.times(1 / groups) for size in (*works, *own))
     numbers = [Tensor(tape, Polynomial(per_square=1), query.itemsize)] if masked else []
     saved_sums = Tensor(tape, statistics, 4)
     gradients = (gradient_like(query), gradient_like(key), gradient_like(value))
@@ -386,6 +390,8 @@ def fused_attention(
     if out.node is not None:
         out.node.works_last = True
         tape.saves(out.node, out)
+    if groups > 1:
+        tape.passing(outputs.times(query.itemsize / groups))
     if sinks:
         tape.passing(statistics.times(4), statistics.times(4))
     return out

@@ -10,6 +10,7 @@ from contextlib import suppress
 
 import psutil
 import torch
+from torch import Tensor
 
 from studio.core.errors import JobFailed
 from studio.core.text import plain
@@ -26,6 +27,15 @@ _SPILL_MARGIN_BYTES = 256 * 2**20
 """Left free where the driver spills, for what torch does not allocate: kernels that are loaded later, bitsandbytes'
 pages. The number was chosen, not measured."""
 _TO_CPU = "to run on the CPU instead, ask for it: device.device = cpu in a recipe, --device cpu elsewhere"
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of main memory on a device, without waiting for what the device is doing.
+
+    torch's plain copy to a card waits until everything before it is done, so that the host could not launch ahead
+    (aten/src/ATen/native/cuda/Copy.cu).
+    """
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def job_device(word: str) -> torch.device:

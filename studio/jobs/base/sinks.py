@@ -105,7 +105,7 @@ def sink_attention(
     """
     if dropout:
         raise ValueError("attention with sinks drops no attention weights: load the model with eager attention")
-    query, key, value = (tensor.to(_computed(query)) for tensor in (query, key, value))
+    query, key, value = (tensor.to(computed_in(query)) for tensor in (query, key, value))
     rows, keys = query.shape[2], key.shape[2]
     kernel, bias = kernel_for(query.device, query.dtype), attention_mask
     if bias is None and sliding_window is not None and keys > sliding_window and kernel != "flash":
@@ -114,7 +114,7 @@ def sink_attention(
         kernel = "efficient" if kernel == "flash" else kernel
         # A mask of truths is somebody else's: `sink_mask` makes numbers, once for all layers.
         bias = _bias(bias, query.dtype, kernel) if bias.dtype == torch.bool else bias.to(query.dtype)
-    call = _Call(kernel, scaling or query.shape[-1] ** -0.5, causal=bias is None and rows > 1)
+    call = KernelCall(kernel, scaling or query.shape[-1] ** -0.5, causal=bias is None and rows > 1)
     if kernel == "flash":
         back = -1 if sliding_window is None or keys <= sliding_window else sliding_window - 1
         by_token = (tensor.transpose(1, 2) for tensor in (query, key, value))
@@ -151,7 +151,7 @@ def packed_sink_attention(
         window: How many tokens back a token sees, itself included; None for all of its row.
     """
     back = -1 if window is None else window - 1
-    call = _Call("flash", scale or query.shape[-1] ** -0.5, causal=True, back=back, longest=longest)
+    call = KernelCall("flash", scale or query.shape[-1] ** -0.5, causal=True, back=back, longest=longest)
     return _attend((query, key, value), sinks, None, call, starts)
 
 
@@ -223,14 +223,14 @@ def _bias(seen: Tensor, dtype: torch.dtype, kernel: Kernel) -> Tensor:
     return made.narrow(-1, 0, keys).masked_fill_(seen, 0)
 
 
-def _computed(query: Tensor) -> torch.dtype:
+def computed_in(query: Tensor) -> torch.dtype:
     """Return the format in which attention is computed: autocast does not know this function."""
     kind = query.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
 
 
 @dataclass(frozen=True, slots=True)
-class _Call:
+class KernelCall:
     """How a kernel is called, forward and backward.
 
     The flash kernel takes and gives `[batch, seq, heads, head_dim]`, or `[tokens, heads, head_dim]` of packed rows; the
@@ -358,13 +358,13 @@ class _SinkAttention(torch.autograd.Function):
         return (*found, of_sinks, None, None, None)
 
 
-def _rows(call: _Call, query: Tensor, sums: Tensor) -> Tensor:
+def _rows(call: KernelCall, query: Tensor, sums: Tensor) -> Tensor:
     """Return the log-sum-exp of real rows: the memory-efficient kernel pads their number to a multiple of 32."""
     return sums.narrow(-1, 0, query.shape[2]) if call.kernel == "efficient" else sums
 
 
 def _attend(
-    inputs: Sequence[Tensor], sinks: Tensor, bias: Tensor | None, call: _Call, starts: Tensor | None = None
+    inputs: Sequence[Tensor], sinks: Tensor, bias: Tensor | None, call: KernelCall, starts: Tensor | None = None
 ) -> Tensor:
     output: Tensor = _SinkAttention.apply(*inputs, sinks, bias, starts, call)  # type: ignore[no-untyped-call]
     return output

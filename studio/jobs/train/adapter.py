@@ -33,6 +33,7 @@ from studio.jobs.train.adapted_linear import join_products
 from studio.jobs.train.adapted_linear import keep_dequantised as keep_matrices
 from studio.jobs.train.fused_forms import fuse_forms
 from studio.jobs.train.guards import check_adapter
+from studio.jobs.train.randomness import draws
 from studio.jobs.train.served import check_folder
 from studio.jobs.train.tiles import tile_mlps
 from studio.runs.atomic import publish_folder
@@ -110,7 +111,8 @@ def _checkpoint_layers(causal: Any) -> None:
     # Non-reentrant, because reentrant checkpoints train nothing when no input requires a gradient, and the embeddings
     # of a frozen base give none.
     enable = getattr(causal, "activation_checkpointing_enable", None) or causal.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    # Where nothing is drawn, there is no random state to save for each layer, and to set again when it is recomputed.
+    enable({"use_reentrant": False, "preserve_rng_state": draws(causal)})
     # For reentrant checkpoints transformers lets the embeddings' output require a gradient. That gradient is as large
     # as a checkpoint, the first layer has to compute it, and nobody reads it.
     causal.disable_input_require_grads()

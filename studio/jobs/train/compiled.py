@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from studio.jobs.base.progress import PhaseTeller
 from studio.jobs.train.fused_forms import unfuse_forms
 from studio.jobs.train.head import TOLERANCE
+from studio.jobs.train.randomness import draws
 from studio.jobs.train.step_model import StepModel
 from studio.runs.failure import leaves_no_other_way
 
@@ -74,7 +75,7 @@ def compile_step(step_model: StepModel, batch: dict[str, Any], tell: PhaseTeller
         step_model.train(was_training)
     dtype = next(step_model.causal.parameters()).dtype
     # With dropout the two losses differ anyway, so there is nothing to compare.
-    if not _drops(step_model) and abs(compiled - plain) > TOLERANCE.get(dtype, 1e-4) * abs(plain):
+    if not draws(step_model.causal) and abs(compiled - plain) > TOLERANCE.get(dtype, 1e-4) * abs(plain):
         undo()
         return f"the compiled loss is {compiled:.6g}, the plain one {plain:.6g}"
     tell(_PHASE, 1.0, detail=f"ready after {seconds:.0f} s, once per run")
@@ -137,12 +138,6 @@ def _replace(layer: Any, compiled: Callable[..., Any]) -> Undo:
     layer.forward = forward
     # The instance's attribute hides the class's method; without it the method is seen again.
     return lambda: delattr(layer, "forward")
-
-
-def _drops(model: nn.Module) -> bool:
-    """Return whether training uses dropout; compiled code draws other random numbers for it."""
-    layers = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
-    return layers or any(float(getattr(module, "attention_dropout", 0.0) or 0.0) > 0 for module in model.modules())
 
 
 def _nothing() -> None:

@@ -24,6 +24,7 @@ from studio.core.errors import BadInput
 from studio.core.loss_chunk import loss_chunk_tokens
 from studio.core.recipe import Loss
 from studio.jobs.base.data.labels import IGNORED
+from studio.jobs.base.device import sent
 from studio.jobs.base.head_form import HeadForm, head_form_of
 from studio.jobs.base.model_class import backbone_of, class_of
 
@@ -43,16 +44,18 @@ class WholeModel:
         """Return the summed loss of a batch, fp32 scalar.
 
         Args:
-            labels: `[batch, seq]`, not yet shifted.
+            labels: `[batch, seq]`, not yet shifted; on the host, so that nobody waits for a card to count them.
             **inputs: The model's arguments, such as `input_ids` `[batch, seq]`.
         """
         # In fp32, as transformers' own loss does it (loss/loss_utils.py).
         logits = self._logits(**inputs)
-        return nn.functional.cross_entropy(logits.flatten(0, 1), shifted(labels).flatten(), reduction="sum")
+        wanted = sent(shifted(labels), logits.device)
+        return nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum")
 
     def row_losses(self, labels: Tensor, **inputs: Any) -> Tensor:
         """Return the summed loss of each row of a batch `[rows]`, fp32; arguments as for `loss_sum`."""
-        logits, wanted = self._logits(**inputs), shifted(labels)
+        logits = self._logits(**inputs)
+        wanted = sent(shifted(labels), logits.device)
         rows = _rows_of(labels, inputs.get("row_lengths"))
         one_by_one = ((logits[row].flatten(0, 1), wanted[row].flatten()) for row in rows)
         return torch.stack([nn.functional.cross_entropy(*row, reduction="sum") for row in one_by_one])
@@ -60,7 +63,8 @@ class WholeModel:
     def token_losses(self, labels: Tensor, **inputs: Any) -> Tensor:
         """Return the loss of each labelled token `[labelled]`, fp32, row after row; arguments as for `loss_sum`."""
         logits, wanted = self._logits(**inputs).flatten(0, 1), shifted(labels).flatten()
-        return nn.functional.cross_entropy(logits, wanted, reduction="none")[wanted != IGNORED]
+        losses = nn.functional.cross_entropy(logits, sent(wanted, logits.device), reduction="none")
+        return losses.index_select(0, sent(_places(wanted), logits.device))
 
     def _logits(self, **inputs: Any) -> Tensor:
         """Return the logits of all tokens in fp32."""
@@ -93,15 +97,13 @@ class SplitModel:
     def loss_sum(self, labels: Tensor, **inputs: Any) -> Tensor:
         """Return the summed loss of a batch, fp32 scalar; arguments as for `WholeModel`, which the backbone gets."""
         hidden = self.backbone(**inputs, use_cache=False).last_hidden_state
-        loss_sum = liger_loss_sum if self.path == "liger" else chunked_loss_sum
-        return loss_sum(hidden, self.head, shifted(labels), self.form)
+        return self._summed(hidden, shifted(labels))
 
     def row_losses(self, labels: Tensor, **inputs: Any) -> Tensor:
         """Return the summed loss of each row of a batch `[rows]`, fp32; arguments as for `loss_sum`."""
         hidden = self.backbone(**inputs, use_cache=False).last_hidden_state
-        loss_sum = liger_loss_sum if self.path == "liger" else chunked_loss_sum
         wanted, rows = shifted(labels), _rows_of(labels, inputs.get("row_lengths"))
-        return torch.stack([loss_sum(hidden[row], self.head, wanted[row], self.form).float() for row in rows])
+        return torch.stack([self._summed(hidden[row], wanted[row]).float() for row in rows])
 
     def token_losses(self, labels: Tensor, **inputs: Any) -> Tensor:
         """Return the loss of each labelled token `[labelled]`, fp32, row after row; arguments as for `loss_sum`.
@@ -110,6 +112,11 @@ class SplitModel:
         """
         hidden = self.backbone(**inputs, use_cache=False).last_hidden_state
         return chunked_token_losses(hidden, self.head, shifted(labels), self.form)
+
+    def _summed(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        if self.path == "liger":
+            return liger_loss_sum(hidden, self.head, labels, self.form)
+        return chunked_loss_sum(hidden, self.head, labels, self.form)
 
 
 TokenLoss = WholeModel | SplitModel
@@ -195,9 +202,25 @@ def chunked_token_losses(hidden: Tensor, head: nn.Module, labels: Tensor, form: 
     return _chunked(hidden, head, labels, form, each=True)
 
 
+def _places(labels: Tensor) -> Tensor:
+    """Return where labels `[tokens]` say that something is to be learnt `[labelled]`, where the labels are."""
+    return (labels != IGNORED).nonzero()[:, 0]
+
+
+def _labelled(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the hidden states `[labelled, hidden]` of the tokens with a label, which alone reach the head, and these.
+
+    Their places are found where the labels are: on the host, or a card would be waited for to learn how many they are.
+    """
+    flat = labels.flatten()
+    places = _places(flat)
+    targets = flat.index_select(0, places)
+    rows = hidden.flatten(0, -2).index_select(0, sent(places, hidden.device))
+    return rows, sent(targets, hidden.device)
+
+
 def _chunked(hidden: Tensor, head: nn.Module, labels: Tensor, form: HeadForm, *, each: bool) -> Tensor:
-    wanted = labels != IGNORED
-    rows, targets = hidden[wanted], labels[wanted]  # [labelled, hidden] and [labelled]
+    rows, targets = _labelled(hidden, labels)
     if rows.shape[0] == 0:
         # Not a plain zero, or an empty tensor of no graph: the caller goes backward through it.
         return rows.float().sum(-1) if each else hidden.sum() * 0.0
@@ -332,9 +355,7 @@ def liger_loss_sum(hidden: Tensor, head: nn.Module, labels: Tensor, form: HeadFo
         form: How the head's output becomes logits.
     """
     linear = cast(nn.Linear, head)
-    wanted = labels != IGNORED
-    # Masked tokens stay out of the head, as in the chunked loss.
-    rows, targets = hidden[wanted], labels[wanted]
+    rows, targets = _labelled(hidden, labels)
     if rows.shape[0] == 0:
         return hidden.sum() * 0.0  # as in the chunked loss
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # noqa: PLC0415  optional, needs triton

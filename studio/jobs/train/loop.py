@@ -92,14 +92,14 @@ def train(
             part = _loss_of(parts, rows, of_pairs) / labelled
             parts.backward(parts.scaler.scale(part))
             loss += part.detach()
-        loss_value = float(loss)
-        check_loss(loss_value, step, parts.steadier)
-
         # Unscaled before clipping: the limit is meant for true gradients.
         parts.scaler.unscale_(parts.optimizer)
         # Without a limit nothing is clipped, but the norm is still wanted.
         limit = section.max_grad_norm or math.inf
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(trainable, limit))
+        norm = torch.nn.utils.clip_grad_norm_(trainable, limit)
+        # Both are read at once: a card is waited for one time a step.
+        loss_value, grad_norm = map(float, torch.stack([loss, norm.to(loss.dtype)]).cpu())
+        check_loss(loss_value, step, parts.steadier)
         skipped = 0 if math.isfinite(grad_norm) else skipped + 1
         check_gradient(grad_norm, step, skipped, scaled=parts.scaler.is_enabled(), steadier=parts.steadier)
         if step == first:

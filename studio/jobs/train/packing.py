@@ -4,7 +4,6 @@ Rows are packed only where that test succeeds on the loaded model, and by defaul
 faster. What keeps rows apart is in `row_isolation`.
 """
 
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from studio.core.recipe import Packing
 from studio.jobs.base.attention import only_for_text
@@ -26,6 +24,7 @@ from studio.jobs.train.batches import Batcher
 from studio.jobs.train.head import TOLERANCE
 from studio.jobs.train.objectives import Encoded, sequences
 from studio.jobs.train.objectives.supervised import collate, pack
+from studio.jobs.train.randomness import is_random
 from studio.jobs.train.row_isolation import attends, call_by_row, call_whole, packed_attentions, stateful_layers
 from studio.jobs.train.step_model import StepModel
 from studio.runs.failure import leaves_no_other_way, ran_out_of_memory
@@ -34,7 +33,6 @@ _PHASE = "choosing packed or padded rows"
 _PROBE_TOKENS = 48
 _ROUNDS = 2
 _LONG_SECONDS = 5.0
-_RANDOM = re.compile("drop|jitter|noise")
 _WORTH_IT = 0.95
 """Packing is chosen where a token takes at most this share of its time in padded rows; a smaller gain may be noise."""
 
@@ -258,9 +256,7 @@ def _as_in_training(step_model: StepModel) -> Iterator[None]:
     step_model.train()
     for module in training:
         # A layer with a dropout probability, its own or of a child whose it may read, goes into evaluation mode itself.
-        own = any(_RANDOM.search(name) and isinstance(value, float) and value for name, value in vars(module).items())
-        read = any(isinstance(child, _DropoutNd) for child in module.children())
-        module.training = module.training and not (own or read or isinstance(module, _DropoutNd))
+        module.training = module.training and not is_random(module)
     step_model.training = False  # for whoever watches it: what runs meanwhile is no step of the training
     try:
         yield

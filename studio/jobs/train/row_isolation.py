@@ -15,12 +15,20 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from studio.core.tiles import groups_heads, head_groups
 from studio.jobs.base import sinks
 from studio.jobs.base.device import FLASH_CAPABILITY
-from studio.jobs.base.sinks import SINK_ATTENTION, packed_sink_attention, sink_attention, sink_mask, window_mask
+from studio.jobs.base.head_groups import attention_by_groups, by_groups
+from studio.jobs.base.sinks import (
+    SINK_ATTENTION,
+    KernelCall,
+    packed_sink_attention,
+    sink_attention,
+    sink_mask,
+    window_mask,
+)
 
 ROW_ATTENTION, VARLEN_ATTENTION = "studio_rows", "studio_varlen"
 """Their names among transformers' attention implementations."""
@@ -166,6 +174,9 @@ def varlen_attention(
     if (own := options.get("s_aux")) is not None:
         named = {"starts": starts, "longest": longest, "scale": scale, "window": sliding_window}
         return packed_sink_attention(query, key, value, own, **named)[None], None
+    if groups_heads(tokens) and sliding_window is None and torch.is_grad_enabled():
+        call = KernelCall("flash", scale or query.shape[-1] ** -0.5, causal=True, longest=longest)
+        return by_groups((query, key, value), call, head_groups(key.shape[1]), starts)[None], None
     import torch.nn.attention.varlen as torch_varlen  # noqa: PLC0415  seconds, and only a card has it
 
     varlen_attn: Any = torch_varlen.varlen_attn
@@ -192,8 +203,7 @@ def _attend(  # noqa: PLR0917  the order of transformers' function
         return sink_attention(module, query, key, value, mask, sliding_window=window, **options)
     if mask is None and window is not None and key.shape[2] > window:
         mask = window_mask(query.shape[2], key.shape[2], window, query.device)
-    output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, mask, **options)
-    return output
+    return attention_by_groups(module, query, key, value, mask, **options)
 
 
 def _mask(*, attention_mask: Tensor | None = None, **named: Any) -> Tensor | None:

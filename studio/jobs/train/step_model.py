@@ -1,15 +1,17 @@
 """The model as the loop sees it: a module that takes a batch and returns the summed loss."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import masking_utils
 
 from studio.core.recipe import Loss
+from studio.jobs.base.swapped import swapped
 from studio.jobs.train.head import SplitModel, TokenLoss, WholeModel, agrees, token_loss
 from studio.jobs.train.objectives import Batch, Objective
 from studio.jobs.train.objectives.preference import Preferences
@@ -64,26 +66,26 @@ class StepModel(nn.Module):
         """
         if isinstance(self._tokens, SplitModel):
             ids = batch["input_ids"][:1, :_PROBE_TOKENS]
-            probe = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+            probe = {"input_ids": ids, "attention_mask": None, "labels": ids.cpu()}
             if not agrees(self._tokens, probe, self._autocast):
                 self._tokens = WholeModel(self.causal)
         return self.loss_path != "full"
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the objective's summed loss of a batch, fp32 scalar."""
-        with self._autocast():
+        with self._autocast(), _known_masks():
             return self.objective.loss(self._tokens, batch)
 
     @torch.no_grad()
     def metric(self, batch: Batch) -> Tensor:
         """Return what the objective measures of each row of a batch, fp32 `[rows]`, without gradients."""
-        with self._autocast():
+        with self._autocast(), _known_masks():
             return self.objective.metric(self._tokens, batch)
 
     @torch.no_grad()
     def reference(self, batch: Batch) -> Tensor:
         """Return the log-probabilities of the answers of pairs with the adapter switched off, fp32 `[pairs, 2]`."""
-        with self.model.disable_adapter(), self._autocast():
+        with self.model.disable_adapter(), self._autocast(), _known_masks():
             return cast(Preferences, self.objective).log_probabilities(self._tokens, batch)
 
     @contextmanager
@@ -94,6 +96,19 @@ class StepModel(nn.Module):
             yield
         finally:
             self.objective = learnt
+
+
+@contextmanager
+def _known_masks() -> Iterator[None]:
+    """Let transformers not look into masks and positions on the card, which would wait for it in every micro-batch.
+
+    A batch has a mask only where it hides something, and what tells packed rows apart is our attention.
+    """
+    with ExitStack() as stack:
+        for name, answer in (("fast_all", False), ("find_packed_sequence_indices", None)):
+            if name in vars(masking_utils):  # other versions may look in other ways, and wait
+                stack.enter_context(swapped(masking_utils, name, lambda *_, answer=answer: answer))
+        yield
 
 
 @contextmanager

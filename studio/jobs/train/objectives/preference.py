@@ -25,6 +25,7 @@ from studio.core.recipe import Recipe
 from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.rows import Encoding, Example
 from studio.jobs.base.data.template import Warn
+from studio.jobs.base.device import sent
 from studio.jobs.train.head import TokenLoss
 from studio.jobs.train.objectives import FIGURES, Batch, Objective
 from studio.jobs.train.objectives.pairs import Pair, Pairs, encode_pairs
@@ -32,8 +33,8 @@ from studio.jobs.train.objectives.supervised import collate, pack
 from studio.probe.data import Row
 
 _COUNTS, _ANSWERS, _REFERENCE = "learnt_tokens", "answer_tokens", "reference"
-"""What a batch of pairs holds besides the model's arguments: how many tokens of each sequence have a label; which of
-the chosen sequences' are an answer's, where their prompts have labels, too; the reference's log-probabilities."""
+"""What a batch of pairs holds besides the model's arguments: how many tokens of each sequence have a label; the places
+of an answer's among the chosen sequences', where their prompts have labels, too; the reference's log-probabilities."""
 
 _LN_2 = 0.6931471805599453
 _CERTAIN = -torch.finfo(torch.float32).eps
@@ -82,11 +83,12 @@ class Preferences:
         sides = [side for pair in examples for side in pair.sides]
         extra: Batch = {}
         if self.odds and not self.answers_only:
-            extra[_ANSWERS] = [torch.from_numpy(side.labels[1:] != IGNORED).to(device) for side in sides[::2]]
+            places = (np.flatnonzero(side.labels[1:] != IGNORED) for side in sides[::2])
+            extra[_ANSWERS] = [sent(torch.from_numpy(each), device) for each in places]
             sides[::2] = [Example(side.input_ids, side.input_ids) for side in sides[::2]]
         if not self.odds:
             reference = [pair.reference for pair in examples]
-            extra[_REFERENCE] = torch.tensor(reference, dtype=torch.float32, device=device)
+            extra[_REFERENCE] = sent(torch.tensor(reference, dtype=torch.float32), device)
         extra[_COUNTS] = [_learnt(side) for side in sides]
         return (pack(sides, device) if packed else collate(sides, pad_id, device)) | extra
 
@@ -108,7 +110,7 @@ class Preferences:
         learnt = _by_sequence(tokens, batch)
         answers = list(learnt)
         if not self.answers_only:
-            answers[::2] = [part[mask] for part, mask in zip(learnt[::2], batch[_ANSWERS], strict=True)]
+            answers[::2] = [part[places] for part, places in zip(learnt[::2], batch[_ANSWERS], strict=True)]
         means = -torch.stack([part.mean() for part in answers]).view(-1, 2)
         batch[FIGURES] = _figures(means, self.beta * means)
         return torch.stack([part.mean() for part in learnt[::2]]) + self.beta * odds_losses(means)

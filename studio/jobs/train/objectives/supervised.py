@@ -14,6 +14,7 @@ from studio.jobs.base.data.encode import encode_rows
 from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.rows import Encoding, Example
 from studio.jobs.base.data.template import Warn
+from studio.jobs.base.device import sent
 from studio.jobs.train.head import TokenLoss
 from studio.jobs.train.objectives import Batch
 from studio.probe.data import Row
@@ -67,7 +68,10 @@ SUPERVISED = Supervised()
 
 
 def collate(examples: Sequence[Example], pad_id: int, device: torch.device) -> Batch:
-    """Return `input_ids`, `attention_mask`, `labels`, each `[batch, seq]`, padded on the right to the longest row."""
+    """Return `input_ids`, `attention_mask`, `labels`, each `[batch, seq]`, padded on the right to the longest row.
+
+    Labels stay on the host, which finds the places of the labelled tokens. Rows of one length need no mask; it is None.
+    """
     length = max(len(example.input_ids) for example in examples)
     shape = (len(examples), length)
     # int64 for all three: torch's cross-entropy takes labels in no smaller type.
@@ -75,8 +79,11 @@ def collate(examples: Sequence[Example], pad_id: int, device: torch.device) -> B
     for row, example in enumerate(examples):
         size = len(example.input_ids)
         ids[row, :size], mask[row, :size], labels[row, :size] = example.input_ids, 1, example.labels
-    arrays = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+    return {
+        "input_ids": sent(torch.from_numpy(ids), device),
+        "attention_mask": None if mask.all() else sent(torch.from_numpy(mask), device),
+        "labels": torch.from_numpy(labels),
+    }
 
 
 def pack(rows: Sequence[Example], device: torch.device) -> Batch:
@@ -84,7 +91,7 @@ def pack(rows: Sequence[Example], device: torch.device) -> Batch:
 
     Positions start at 0 in every row. `row_lengths` `[rows]`, on the host, tells the attention of `packing` where rows
     end; `cu_seq_lens_*` and `max_length_*` tell flash kernels the same under transformers' names. The first token of a
-    row gets no label, because the token before it belongs to another row.
+    row gets no label, because the token before it belongs to another row. Labels stay on the host, as in `collate`.
     """
     lengths = [len(row.input_ids) for row in rows]
     starts = np.cumsum((0, *lengths))
@@ -93,12 +100,12 @@ def pack(rows: Sequence[Example], device: torch.device) -> Batch:
     arrays = {
         "input_ids": np.concatenate([row.input_ids for row in rows]).astype(np.int64),
         "position_ids": np.concatenate([np.arange(length) for length in lengths]),
-        "labels": labels,
     }
-    tensors: dict[str, Any] = {name: torch.from_numpy(array)[None].to(device) for name, array in arrays.items()}
-    borders = torch.from_numpy(starts.astype(np.int32)).to(device)
+    tensors: dict[str, Any] = {name: sent(torch.from_numpy(array)[None], device) for name, array in arrays.items()}
+    borders = sent(torch.from_numpy(starts.astype(np.int32)), device)
     return {
         **tensors,
+        "labels": torch.from_numpy(labels)[None],
         "attention_mask": None,
         "row_lengths": torch.tensor(lengths),
         **{f"cu_seq_lens_{side}": borders for side in "qk"},
