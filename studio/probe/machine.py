@@ -64,6 +64,16 @@ def spills_to_ram() -> bool:
     return sys.platform == "win32" or "microsoft" in platform.release().lower()
 
 
+def growing_segments() -> dict[str, str]:
+    """Return the environment that lets torch's allocator grow its segments on a card, to be set before torch starts.
+
+    Blocks that would not fit into each other's segments then join. It is left alone where somebody has said how it is
+    to allocate, and under Windows and WSL, of whose drivers nobody here knows whether they can.
+    """
+    said = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
+    return {} if said or spills_to_ram() else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+
+
 def free_disk_bytes(folder: Path) -> int | None:
     """Return what is free on the disk of a folder, or of its nearest parent that exists."""
     place = folder.absolute()

@@ -66,8 +66,38 @@ def test_what_is_cached_makes_room_before_the_card_is_full():
     assert allocator.most_reserved == 120 * MIB  # there is nothing to give back: it does not fit, and says so
 
 
-def test_bytes_are_kept_account_of_whatever_comes():
-    chance, allocator = random.Random(3), CachingAllocator()  # noqa: S311
+def test_a_segment_that_grows_joins_what_segments_would_keep_apart():
+    reserved = []
+    for expandable in (False, True):
+        allocator = CachingAllocator(expandable=expandable)
+        parts = [allocator.allocate(30 * MIB) for _ in range(3)]
+        for part in parts:
+            allocator.release(part)
+        allocator.allocate(85 * MIB)
+        allocator.allocate(3 * MIB)
+        reserved.append(allocator.reserved // MIB)
+        assert allocator.most_reserved == allocator.reserved
+    assert reserved == [30 * 3 + 86, 100], "pages of 20 MiB hold 90, and the last one has room for the 3"
+    allocator.allocate(700)
+    assert allocator.reserved == 102 * MIB
+
+
+def test_a_growing_segment_gives_its_free_end_back():
+    allocator = CachingAllocator(capacity=100 * MIB, expandable=True)
+    held, end = allocator.allocate(10 * MIB), allocator.allocate(70 * MIB)
+    allocator.release(end)
+    allocator.empty_cache()
+    assert allocator.reserved == 20 * MIB
+    allocator.release(held)
+    allocator.empty_cache()
+    assert allocator.reserved == 0
+    allocator.allocate(45 * MIB)
+    assert allocator.reserved == 60 * MIB
+
+
+@pytest.mark.parametrize("expandable", [False, True])
+def test_bytes_are_kept_account_of_whatever_comes(expandable: bool):
+    chance, allocator = random.Random(3), CachingAllocator(expandable=expandable)  # noqa: S311
     held: list[Block] = []
     for _ in range(4000):
         if held and chance.random() < 0.5:

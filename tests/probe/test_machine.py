@@ -29,3 +29,15 @@ def test_what_cannot_be_read_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     found = read_machine(tmp_path)
     assert (found.cards, found.driver, found.ram_bytes, found.disk_bytes) == (None, None, None, None)
     assert free_disk_bytes(tmp_path) is None
+
+
+def test_segments_grow_where_nobody_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(machine, "spills_to_ram", lambda: False)
+    assert machine.growing_segments() == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:native")
+    assert machine.growing_segments() == {}
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    monkeypatch.setattr(machine, "spills_to_ram", lambda: True)
+    assert machine.growing_segments() == {}

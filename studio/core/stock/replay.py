@@ -52,6 +52,7 @@ def replayed(
     workspace: int,
     capacity: int | None = None,
     readers: int = 1,
+    expandable: bool = False,
 ) -> Peak:
     """Return what training holds and what it takes from the driver at most.
 
@@ -62,8 +63,9 @@ def replayed(
         workspace: Bytes of the cuBLAS workspaces of both threads.
         capacity: Bytes that the driver can give; None for no limit.
         readers: Threads that read ahead while weights are quantised.
+        expandable: Whether segments grow, as in our own jobs on a card.
     """
-    allocator = CachingAllocator(capacity)
+    allocator = CachingAllocator(capacity, expandable=expandable)
     trained = load(allocator, shape, setup, readers)
     training = _Training(allocator, shape, setup, kernel, trained=trained, workspace=workspace // 2)
     for _ in range(_STEPS):

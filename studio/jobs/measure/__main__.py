@@ -7,6 +7,7 @@ from pathlib import Path
 from studio.core.errors import BadInput
 from studio.jobs.base.failures import explain as _explain
 from studio.probe.device import CHOSEN
+from studio.probe.machine import growing_segments
 from studio.runs.job import read_job
 from studio.runs.job_process import run_job
 from studio.runs.requests import MeasureRequest
@@ -17,6 +18,7 @@ def _body(worker: Worker) -> None:
     request = read_job(worker.paths, MeasureRequest)
     if request is None:
         raise BadInput("this run is not a measurement")
+    os.environ.update(growing_segments())  # as a training does
     from studio.jobs.measure.job import measure_run  # noqa: PLC0415  torch, after the lock is held
 
     measure_run(worker, request)

@@ -8,6 +8,7 @@ from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
 from studio.jobs.base.failures import explain as _explain
 from studio.probe.device import CHOSEN
+from studio.probe.machine import growing_segments
 from studio.runs.job import read_job
 from studio.runs.job_process import run_job
 from studio.runs.worker import Worker
@@ -31,6 +32,7 @@ def _body(worker: Worker) -> None:
     if recipe is None:
         raise BadInput("this run is not a training run")
     _bound_caches()
+    os.environ.update(growing_segments())
     from studio.jobs.train.job import train_run  # noqa: PLC0415  torch, after the lock is held
 
     train_run(worker, recipe)
