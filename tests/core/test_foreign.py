@@ -155,6 +155,8 @@ def test_llama_factorys_data_sets_are_looked_up() -> None:
     assert _values(one, "method", "model.double_quant", "data.path", "data.columns", "data.last_answer_only") == (
         "qlora", False, "/data/own.json", (("instruction", "frage"), ("completion", "antwort")), True,
     )  # fmt: skip
+    eight = _factory(model_name_or_path="a/b", dataset="own", quantization_bit=8)
+    assert _values(eight, "method", "model.precision") == ("qlora", (("*", "int8"),))
     pairs = _factory(stage="dpo", dataset="pairs", pref_beta=0.2, dpo_label_smoothing=0.1)
     assert _values(pairs, "train.objective", "train.beta", "data.path", "data.config", "data.columns") == (
         "dpo", 0.2, "owner/pairs", "en", (("messages", "talk"),),
@@ -197,7 +199,12 @@ def test_what_cannot_be_said_in_a_recipe_is_told_and_matters() -> None:
     }  # fmt: skip
     assert all(matters for _, matters in told.values())
     assert "1 to 1024" in told["lora_r"][0]
-    assert "8-bit" in carrier.carried["method"].note
+    assert _values(carrier, "method", "model.precision") == ("qlora", (("*", "int8"),))
+    assert "activations stay in 16" in carrier.carried["model.precision"].note
+    kept = _axolotl(load_in_4bit=True, bnb_config_kwargs={"llm_int8_skip_modules": ["lm_head", "model.layers.0"]})
+    assert _values(kept, "model.precision") == ((("lm_head", "16bit"), ("model.layers.0", "16bit")),)
+    odd = _axolotl(load_in_4bit=True, bnb_config_kwargs={"llm_int8_skip_modules": ["a b"]})
+    assert "dotted names" in _left(odd)["bnb_config_kwargs: llm_int8_skip_modules"][0]
     four = _axolotl(
         load_in_4bit=True, bnb_config_kwargs={"bnb_4bit_use_double_quant": False, "bnb_4bit_quant_type": "fp4"}
     )

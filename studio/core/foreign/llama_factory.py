@@ -9,6 +9,7 @@ from studio.core.foreign.rows import Rows, carry_held_out, carry_rows, with_spli
 from studio.core.foreign.training import (
     carry_adapter,
     carry_attention,
+    carry_precision,
     carry_template,
     carry_training,
     refuse_objective,
@@ -162,6 +163,9 @@ def _method(carrier: Carrier) -> None:
         for path, given in details.items():
             if given is not None:
                 carrier.put(path, given.value, given)
+    elif as_number(bits.value) == 8:
+        carrier.put("method", "qlora", bits, "held as model.precision says")
+        carry_precision(carrier, bits)
     else:
         carrier.put("method", "lora", bits, "the base is held in 16 bits; qlora holds it in 4")
 

@@ -13,6 +13,7 @@ from studio.core.foreign.carry import (
     is_off,
     names_in,
 )
+from studio.core.layer_precision import EVERYTHING, INT8, SIXTEEN_BIT
 from studio.core.named_templates import NAMED
 from studio.core.value_kinds import ALL_LINEAR, is_module
 
@@ -149,12 +150,29 @@ def carry_four_bits(carrier: Carrier) -> None:
             carrier.put("model.quant_type", kind.value, kind)
         if double:
             carrier.put("model.double_quant", as_switch(double.value), double)
+        carry_precision(carrier)
     elif eight and as_switch(eight.value) is True:
-        carrier.put(
-            "method", "lora", eight, "the base is held in 16 bits: there is no 8-bit base here; qlora holds it in 4"
-        )
+        carrier.put("method", "qlora", eight, "held as model.precision says")
+        carry_precision(carrier, eight)
     elif isinstance(getattr(four, "value", None), Unread) and four:
         carrier.leave(four, "method is qlora, the default")
+
+
+def carry_precision(carrier: Carrier, eight: Setting | None = None) -> None:
+    """Carry what stays in 16 bit of a quantised base.
+
+    Args:
+        carrier: The settings.
+        eight: What says that the base is in 8 bits; None where it is in 4.
+    """
+    kept = carrier.take("llm_int8_skip_modules")
+    names = None if kept is None else names_in(kept.value)
+    if kept is not None and names is None and not is_off(kept.value):
+        carrier.leave(kept, "model.precision takes names of modules")
+    table = dict.fromkeys(names or (), SIXTEEN_BIT) | ({EVERYTHING: INT8} if eight else {})
+    if table:
+        note = "weights in 8 bits; activations stay in 16, unlike in LLM.int8()" if eight else ""
+        carrier.put("model.precision", table, eight or kept, note)
 
 
 def carry_attention(carrier: Carrier, asked: Setting | None, word: Any) -> None:
