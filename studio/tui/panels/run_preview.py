@@ -27,6 +27,15 @@ from widgets.line_plot import Curve, LinePlot
 _READ_WHOLE_BYTES = 512 * 1024
 """A log of about 4000 steps is read whole, which takes some 40 ms (`studio/tui/feed.py`); of a longer one a sample."""
 _LONGEST = 400
+FIRST_RUN = "\n\n".join(
+    (
+        "A run goes on when this program is closed, and is found here again.",
+        "It leaves its losses, the held-out loss before and after, answers on the way, checkpoints to go on from "
+        "(R), and an adapter, which you can ask (t), merge and export (m) and audit (a).",
+        "Without data of your own: lora-studio demo trains the embedded model on this machine.",
+    )
+)
+"""What is said in place of a run before the first one."""
 _MOST_DIFFERENCES = 12
 _CURVES = (Curve("train", "each step"), Curve("held_out", "held-out", "dots", 2))
 

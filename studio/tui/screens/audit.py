@@ -43,10 +43,19 @@ from widgets.key_footer import KeyFooter
 from widgets.whole_table import WholeTable
 
 _COLUMNS = ("what", "status", "of")
-_EMPTY = (
-    "No audit yet. An audit measures, on held-out rows of your data, what 4 bits cost. b measures the base of the "
-    "recipe, before any training. e trains the recipe as LoRA and as QLoRA and compares them. An adapter is audited "
-    "from the list of runs, with a on a finished run."
+_EMPTY = "\n\n".join(
+    (
+        "No audit yet. An audit measures, on held-out rows of your data, what 4 bits cost.",
+        "b measures the base of the recipe, before any training: 16-bit beside NF4, FP4 and int8, and what suffers.",
+        "e trains the recipe as LoRA and as QLoRA, and compares them.",
+        "a on a finished run, in the list of runs, measures its adapter on every form of its base and merged into it, "
+        "what it forgot, and how fast each form reads and writes on this machine.",
+        "Of each it tells the task loss, which is the mean loss per learnt token: where the interval of a difference "
+        "contains zero, it may be noise and is called that.",
+        "KL says how far a form's answers are from those of the form that was trained, token by token, and the same "
+        "top token how often both would say the same next word.",
+        "Forgetting is the loss on a neutral text that has nothing to do with your data.",
+    )
 )
 _WAITING = "This audit has no report yet: enter shows how far it is."
 _RUNNING = "The audit goes on if you leave this screen. Enter shows its log; x stops it and keeps what was measured."

@@ -22,7 +22,7 @@ from studio.runs.store import RunInfo, contents_of, list_runs, remove_run
 from studio.tui.asks import OpenRun, ShowAudits, ShowMerge
 from studio.tui.copying import Copied, folder_of
 from studio.tui.panels.outcome import TRAIN, has_adapter, no_adapter_words
-from studio.tui.panels.run_preview import Closer, RunPreview, look_closer
+from studio.tui.panels.run_preview import FIRST_RUN, Closer, RunPreview, look_closer
 from studio.tui.panels.runs_list import GROUPS, LONGEST, RunsList, group_of, matches
 from studio.tui.readable import spark
 from studio.tui.screens.compare import MOST, CompareScreen
@@ -215,7 +215,7 @@ class RunsScreen(OfferingScreen[None]):
         info = self._chosen
         if info is None:
             self._looked_at = None
-            self.query_one(RunPreview).show(None, "" if self._infos or not self._told else self._head(0))
+            self.query_one(RunPreview).show(None, "" if self._infos or not self._told else FIRST_RUN)
             return
         older = [one for one in self._groups.get("train", []) if (one.started_at or 0.0) < (info.started_at or 0.0)]
         wanted = (info, older[0] if older and group_of(info) == TRAIN else None)
