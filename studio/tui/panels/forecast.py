@@ -334,13 +334,15 @@ class Forecast(VerticalScroll):
             self._price(self._recipe, self.forecaster)
 
     def _show_table(self, sides: "Sides", *, waiting: bool) -> None:
-        from studio.tui.panels.forecast_text import table_text  # noqa: PLC0415  with the estimator
+        from studio.tui.panels.forecast_text import table_text, with_room  # noqa: PLC0415  with the estimator
         from studio.tui.trade import footnote  # noqa: PLC0415  as above
 
         self._table = sides, waiting
         width = self.query_one("#trade").content_size.width or self.size.width
         self._update("#trade", table_text(sides, self._recipe, waiting=waiting, width=width))
-        self._update("#footnote", Content(footnote(sides)))
+        left_out = len(with_room(sides, self._recipe, width)) < len(sides)
+        more = " A wider screen and plan --trade have more columns." if left_out else ""
+        self._update("#footnote", Content(footnote(with_room(sides, self._recipe, width)) + more))
 
     def _show_fixes(self, fixes: "list[Fix]", first: "Fix | None", *, over: bool = False) -> None:
         self._fixes = fixes, first, over

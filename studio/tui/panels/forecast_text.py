@@ -27,6 +27,13 @@ _STYLES = {"fits": "$text-success", "tight": "$text-warning"} | dict.fromkeys(
 _Parts = list[str | tuple[str, str]]
 
 
+def with_room(sides: Sides, recipe: Recipe, width: int) -> Sides:
+    """Return the columns that fit into some cells: LoRA, QLoRA and the recipe's own at least."""
+    spared = [column for column in reversed(sides) if column not in (*METHODS, column_of(recipe))]
+    spared = spared[: max(0, len(sides) - (width - _LABEL) // _CELL)]
+    return {column: side for column, side in sides.items() if column not in spared}
+
+
 def table_text(sides: Sides, recipe: Recipe, *, waiting: bool, width: int) -> Content:
     """Return the trade as rows; the column of the recipe is marked.
 
@@ -36,11 +43,8 @@ def table_text(sides: Sides, recipe: Recipe, *, waiting: bool, width: int) -> Co
         waiting: Whether the largest batches are still being worked out.
         width: Cells that there are.
     """
-    own, heads = column_of(recipe), heads_of(sides)
-    spared = [column for column in reversed(sides) if column not in (*METHODS, own)]
-    spared = spared[: max(0, len(sides) - (width - _LABEL) // _CELL)]
-    sides = {column: side for column, side in sides.items() if column not in spared}
-    kept = [head for column, head in heads if column in sides]
+    own, sides = column_of(recipe), with_room(sides, recipe, width)
+    kept = [head for _, head in heads_of(sides)]
     cell = min(_WIDEST_CELL, max(_CELL, (width - _LABEL) // len(sides)))
     if cell >= _ROOMY_CELL:
         kept = [(f"{first} {second}".rstrip().replace(" + ", "+"), "") for first, second in kept]

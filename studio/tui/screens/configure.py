@@ -147,7 +147,7 @@ class ConfigureScreen(Screen[None]):
         huge, work = self.size.width >= _HUGE_CELLS, self.query_one("#work").styles
         data_rows = 16 if self.size.height >= _HIGH_ROWS else 3
         work.grid_size_columns, work.grid_size_rows = (3, 2) if huge else (2, 3)
-        work.grid_columns = "5fr 6fr 5fr" if huge else "5fr 7fr"
+        work.grid_columns = "5fr 6fr 5fr" if huge else "14fr 16fr"
         work.grid_rows = "12 1fr" if huge else f"1fr 10 {data_rows}" if self._form.unfolded else "14 10 1fr"
         self._form.styles.row_span, self.forecast.styles.row_span = (2, 2) if huge else (1, 3)
 
