@@ -54,6 +54,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="N,N",
         help="measure plans with the N worst blocks in 16 bit; 0: none",
     )
+    base.add_argument(
+        "--precision",
+        default="",
+        metavar="TABLE",
+        help="measure the base as this model.precision holds it, too, such as layers.0-3=16bit,down_proj=int8",
+    )
     base.add_argument("--format", default="auto", choices=choices_of("data.format"), help="how the data are read")
     base.add_argument("--seed", default=str(_DEFAULT.seed), metavar="N", help="chooses rows where the file has more")
     run = kinds.add_parser("run", help="an adapter on every base that it can be put on or merged into")
@@ -185,6 +191,7 @@ def _base(args: argparse.Namespace) -> AuditRequest:
         data=data_path(args.data),
         format=args.format,
         device=args.device,
+        precision=args.precision,
     )
     kept = "" if args.keep.strip() == "0" else args.keep
     said = {"forms": args.forms, "kept": kept, "seed": args.seed, **_limits(args)}

@@ -225,7 +225,8 @@ def _print(estimate: VramEstimate, shape: ModelShape, setup: Setup, device: Plan
     if setup.quantised:
         held = estimate.held
         if setup.quant_type != "int8":
-            say(f"{held.four_bit_share:.1%} of the weights in its layers are held in 4 bits, routers aside")
+            eight = f" and {held.eight_bit_share:.1%} in 8" if held.eight_bit_share else ""
+            say(f"{held.four_bit_share:.1%} of the weights in its layers are held in 4 bits{eight}, routers aside")
         say(f"not quantised: {size(held.kept_16bit_bytes)}, embedding and head among them")
     parts = estimate.components
     rows = [["part", "memory"], *([name, size(getattr(parts, name))] for name in parts.__slots__)]

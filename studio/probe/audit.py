@@ -8,7 +8,7 @@ from typing import Any
 
 from studio.core.answers import checks_for
 from studio.core.errors import BadInput
-from studio.core.recipe import EMBEDDED, Recipe, choices_of
+from studio.core.recipe import EMBEDDED, FIELDS, Recipe, choices_of
 from studio.core.text import plain
 from studio.probe.adapter_folder import find_adapter
 from studio.probe.data import shipped_data
@@ -158,6 +158,9 @@ def check_audit(request: AuditRequest) -> None:
         )
     for name in _LEAST:
         _whole(name, str(getattr(request, name)))
+    table = FIELDS["model.precision"].kind.read(request.precision) if request.precision else ()
+    if problem := next(FIELDS["model.precision"].problems(table), None):
+        raise BadInput(f"precision: found {problem.found}; wanted {problem.allowed}.")
     if any(size < 0 for size in request.kept):
         raise BadInput(f"keep: found {','.join(map(str, request.kept))}; wanted numbers such as 1,2,4.")
     if request.format not in choices_of("data.format"):

@@ -115,6 +115,7 @@ class AuditRequest:
         seq_len: Longest row, tokens.
         seed: Chooses where there are more rows than are wanted.
         forms: Roundings of a base.
+        precision: What a recipe holds in other bits than 4 (`model.precision`, on one line), to be measured as well.
         kept: How many of the worst blocks each mixed plan keeps in 16 bit; none measures none.
         lanes: Methods that race.
         answers: How many held-out prompts a run's forms answer; 0 for none.
@@ -141,6 +142,7 @@ class AuditRequest:
     seq_len: int = 1024
     seed: int = 17
     forms: tuple[str, ...] = ("nf4", "nf4+dq", "fp4", "int8")
+    precision: str = ""
     kept: tuple[int, ...] = (1, 2, 4)
     lanes: tuple[str, ...] = ("lora", "qlora")
     answers: int = 0

@@ -111,7 +111,14 @@ def test_what_it_leaves(tiny: Path, rows: Path, tmp_path: Path) -> None:
 
 
 def test_a_ruined_block_is_ranked_first_and_keeping_it_is_advised(ruined: Path, rows: Path, tmp_path: Path) -> None:
-    _, report = audit(tmp_path / "audit", asked(ruined, rows, forms=("nf4+dq",), kept=(1,), rows=20))
+    recipe = f"layers.{RUINED}=16bit"
+    request = asked(ruined, rows, forms=("nf4+dq",), kept=(1,), rows=20, precision=recipe)
+    _, report = audit(tmp_path / "audit", request)
+    as_recipe, rounded = report["variants"][-1], report["variants"][1]
+    assert as_recipe["name"] == "nf4+dq, mixed"
+    assert as_recipe["task"]["kl"]["value"] == pytest.approx(report["plans"][0]["figures"]["kl"]["value"], rel=1e-6)
+    extra = report["plans"][0]["extra_bytes"]
+    assert as_recipe["base_bytes"] - rounded["base_bytes"] == pytest.approx(extra, abs=4)
     name = f"model.layers.{RUINED}"
     assert report["blocks"][0]["name"] == name
     assert report["blocks"][0]["own_effect"] > 1.5 * report["blocks"][1]["own_effect"]

@@ -20,6 +20,7 @@ from studio.core.vram.frozen import base_bytes, frozen_form, held_of
 from studio.core.vram.setup import setup_of
 from studio.jobs.base.eight_bit import EightBitLinear, dequantised, eight_bit_layer, in_eight_bits
 from studio.jobs.base.load import FourBit, load_base
+from studio.jobs.base.weights.dequantized import quantised_parameters, through_four_bits
 from studio.jobs.measure.weightless import frozen_tensors
 from studio.jobs.train.adapted_linear import AdaptedLinear, AdaptedLinear4bit, AdaptedLinear8bit
 from studio.jobs.train.adapter import attach_adapter
@@ -86,6 +87,18 @@ def test_losses_and_gradients_are_those_of_a_base_that_is_rounded_by_hand(tiny: 
     assert loss != pytest.approx(step(loaded(tiny, ()), **section)[0], rel=1e-6), "not the same as all in 4 bits"
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, exact[name], rtol=1e-4, atol=1e-5 * float(exact[name].abs().max()))
+
+
+def test_a_merge_onto_the_trained_base_rounds_each_weight_as_the_training_did(tiny: Path) -> None:
+    change, base = through_four_bits(FourBit(precision=MIXED), torch.float32), loaded(tiny, (), method="lora")
+    rounds = quantised_parameters(base, MIXED)
+    for name, weight in base.named_parameters():
+        module = name.removesuffix(".weight")
+        if name in rounds:
+            torch.testing.assert_close(change(name, weight.data), rounded(weight.data, precision_at(MIXED, module)))
+    kept = {name for name, _ in base.named_parameters() if name.startswith("model.layers.1.self_attn")}
+    assert kept.isdisjoint(rounds)
+    assert "model.layers.1.mlp.down_proj.weight" in rounds
 
 
 def test_each_layer_is_held_and_adapted_in_its_own_form(tiny: Path) -> None:

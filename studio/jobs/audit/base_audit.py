@@ -10,8 +10,9 @@ from studio.core.audit import Plan, advise_base
 from studio.core.errors import BadInput
 from studio.core.events import Phase, Warned
 from studio.core.intervals import ratio_interval
-from studio.core.layer_precision import INT8, SIXTEEN_BIT, in_sixteen_bit, place_of, precision_at
+from studio.core.layer_precision import FOUR_BIT, INT8, SIXTEEN_BIT, Table, in_sixteen_bit, place_of, precision_at
 from studio.core.placement.fidelity import Measured, Proposal, effects_of, proposals, steps_of
+from studio.core.recipe import FIELDS
 from studio.core.text import plain
 from studio.jobs.audit.blocks import parts_of
 from studio.jobs.audit.figures import Ground, check_cost, ground_of, measure, prove
@@ -27,7 +28,7 @@ from studio.jobs.audit.variants import (
     stored_bytes_of,
 )
 from studio.jobs.audit.walk import BlockSeen
-from studio.jobs.base.load import base_folder
+from studio.jobs.base.load import base_folder, check_names
 from studio.jobs.base.progress import read_fingerprint
 from studio.jobs.base.tokenizer import load_tokenizer
 from studio.jobs.base.weights.folder_weights import FolderWeights
@@ -68,6 +69,9 @@ def audit_base(worker: Worker, request: AuditRequest) -> dict[str, Any]:
     names, quantised = forms_of(request.forms), _quantised_sizes(weights)
     asked = PREFERRED if PREFERRED in names else names[0]
     variants = folder_variants(weights, [UNROUNDED.name, *names])
+    table = _table_of(request, weights, asked)
+    if table:
+        variants.append(replace(folder_variants(weights, [asked], precision=table)[0], name=f"{asked}, mixed"))
     cost = check_cost(ground, variants, alone=True)
     gap = prove(ground, variants[0])
     sizes = list(request.kept)
@@ -97,6 +101,18 @@ def audit_base(worker: Worker, request: AuditRequest) -> dict[str, Any]:
                 "neutral": asdict(found.neutral[name]),
             }
             for name in (UNROUNDED.name, *names)
+        ]
+        + [
+            {
+                "name": variant.name,
+                "bits": _mean_bits(weights, quantised, table, asked),
+                "base_bytes": int(
+                    held_bytes(weights, sum(quantised.values()), _mean_bits(weights, quantised, table, asked))
+                ),
+                "task": asdict(found.task[variant.name]),
+                "neutral": asdict(found.neutral[variant.name]),
+            }
+            for variant in (variants[-1:] if table else ())
         ],
         "blocks": [
             _block_row(block, names, asked, _extra_bytes(weights, quantised, [block.name], asked)) for block in ranked
@@ -110,6 +126,28 @@ def audit_base(worker: Worker, request: AuditRequest) -> dict[str, Any]:
         "proof_gap": gap,
         "cost": cost.told(began),
     }
+
+
+def _table_of(request: AuditRequest, weights: FolderWeights, asked: str) -> Table:
+    """Return what the recipe holds in other bits than 4.
+
+    Raises:
+        BadInput: It is no such table, the model cannot be held so, or no 4-bit form is measured.
+    """
+    field = FIELDS["model.precision"]
+    table: Table = field.kind.read(request.precision) if request.precision else ()
+    if problem := next(field.problems(table), None):
+        raise BadInput(f"precision: found {problem.found}; wanted {problem.allowed}.")
+    if table and FORMS[asked].quant is None:
+        raise BadInput("precision: it is measured beside a 4-bit form: name one with --forms.")
+    check_names(weights.clean, table)
+    return table
+
+
+def _mean_bits(weights: FolderWeights, quantised: Mapping[str, int], table: Table, asked: str) -> float:
+    """Return the bits of a weight of those that 4 bits would round, in the mean."""
+    bits = {FOUR_BIT: FORMS[asked].bits, INT8: FORMS[INT8].bits, SIXTEEN_BIT: 8.0 * sixteen_bit_bytes(weights)}
+    return sum(size * bits[precision_at(table, name)] for name, size in quantised.items()) / sum(quantised.values())
 
 
 def forms_of(asked: Sequence[str]) -> list[str]:
