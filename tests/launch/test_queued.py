@@ -72,6 +72,7 @@ def test_a_queued_run_waits_says_so_and_is_cancelled_or_served(home: Path) -> No
     assert not requested(third, "queued")
 
 
+@pytest.mark.slow
 def test_the_queue_goes_on_after_a_reboot(home: Path) -> None:
     first = _start(home, "first", queue=False, steps=100000, seconds=0.02)
     waiting = [_start(home, name, steps=1) for name in ("second", "third")]
@@ -87,6 +88,7 @@ def test_the_queue_goes_on_after_a_reboot(home: Path) -> None:
     assert relaunch_waiting(module=MODULE) == ([], [])
 
 
+@pytest.mark.slow
 def test_a_stopped_run_is_resumed_by_way_of_the_queue(home: Path) -> None:
     stopped = _start(home, "first", steps=100000, seconds=0.02)
     stop(stopped, 30)
