@@ -1,6 +1,7 @@
-"""A table whose cells are drawn again when its columns have become wider."""
+"""A table that is drawn again when its columns, or the table, have become wider."""
 
 from rich.text import Text
+from textual import events
 from textual.geometry import Size
 from textual.widgets import DataTable
 
@@ -12,3 +13,7 @@ class WholeTable(DataTable[Text]):
         """Drop what was drawn for other widths."""
         if before.width != now.width:
             self.notify_style_update()
+
+    def on_resize(self, event: events.Resize) -> None:
+        """Drop rows that were filled up for the width that the table had before."""
+        self.notify_style_update()
