@@ -55,8 +55,8 @@ class _Launched(NamedTuple):
     dropout: tuple[int, int]
 
 
-_OWN_LAUNCHED = _Launched((13, 21), (4, 6), (1, 3), (1, 2))
-_STOCK_LAUNCHED = _Launched((31, 57), (7, 9), (2, 3), (1, 2))
+_OWN_LAUNCHED = _Launched((13, 21), (4, 6), (3, 3), (1, 2))
+_STOCK_LAUNCHED = _Launched((31, 57), (7, 9), (4, 3), (1, 2))
 _PLAIN = (1, 1)
 """Of a linear map without an adapter: its product, and that for the gradient of its input."""
 
@@ -92,7 +92,9 @@ def launches_of(shape: ModelShape, setup: Setup, names: frozenset[str]) -> float
         + rounded * table.four_bit[way]
         for way in (0, 1)
     )
-    return forward * (1 + setup.recomputed_of(shape.layers) / shape.layers) + backward
+    again = setup.recomputed_of(shape.layers) / shape.layers
+    spared = table.four_bit[1] * rounded * again * paired / linears if setup.keeps_dequantised else 0
+    return forward * (1 + again) + backward - spared
 
 
 def _rounded(shape: ModelShape, setup: Setup) -> int:
