@@ -11,9 +11,9 @@ from studio.commands.open_studio import first_recipe
 from studio.tui.app import StudioApp, show
 from studio.tui.panels.data_note import DataNote
 from studio.tui.panels.field_help import FieldHelp
+from studio.tui.panels.forecast import GaugeRows
 from studio.tui.panels.top_bar import TopBar
 from studio.tui.screens.configure import ConfigureScreen
-from widgets.gauge import Gauge
 from widgets.line_plot import Curve, LinePlot
 
 _HZ = 2.0
@@ -34,11 +34,11 @@ class BusyConfigure(ConfigureScreen):
     def compose(self) -> ComposeResult:
         """As the original, with plots below the forecast."""
         yield TopBar("Configure", card=self._services.card)
-        yield Gauge(unit="GiB", label="VRAM", id="gauge-row")
+        yield GaugeRows()
         with Vertical(id="work"):
             yield self._form
             with Vertical(id="side"):
-                yield self._forecast
+                yield self.forecast
                 for name in ("loss", "memory"):
                     yield LinePlot([Curve("a", "raw", "faint"), Curve("b", "mean")], title=name, id=f"plot-{name}")
                 yield FieldHelp()
