@@ -49,7 +49,7 @@ def main() -> None:
     torch.set_num_threads(1)
     steps, shape = int(sys.argv[1]) if len(sys.argv) > 1 else 9, shape_from_config(VALUES)
     ids = torch.randint(0, VALUES["vocab_size"], (SETUP.micro_batch, SETUP.seq_len))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    batch = {"input_ids": ids, "labels": ids.clone()}
     models = [StepModel(model_of(count), SETUP.loss, lambda: torch.autocast("cpu", enabled=False)) for count in COUNTS]
     seconds = [float("inf")] * len(COUNTS)
     for _ in range(steps):
