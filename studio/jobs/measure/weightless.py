@@ -135,10 +135,10 @@ def _quantise(model: PreTrainedModel, recipe: Recipe, dtype: torch.dtype, storag
     check_names(model, quant.precision)
     kept = [*left_alone(model, quant.precision), *(getattr(model, "_keep_in_fp32_modules", None) or ())]
     eight = in_eight_bits(model, quant.precision)
+    config = four_bit_config(quant, dtype, model)
     with unset_fake_temporarily():
         # transformers makes bitsandbytes' layers on the meta device, with a parameter class that cannot wrap a fake
         # tensor.
-        config = four_bit_config(quant, dtype, model)
         replace_with_bnb_linear(model, modules_to_not_convert=kept, quantization_config=config)
         for name in eight:
             model.set_submodule(name, eight_bit_layer(model.get_submodule(name), dtype))
