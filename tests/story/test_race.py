@@ -72,7 +72,7 @@ def test_a_race_is_started_read_and_remembered(terminal: Terminal, tmp_path: Pat
         assert wanted in screen
     terminal.type("Escape")
     screen = terminal.until(lambda text: "4 bit adds" in text, "the outcome beside the sliders")
-    measured = re.search(r"loss, measured\s+(\d\.\d+)\s+(\d\.\d+)", screen)
+    measured = re.search(r"held-out loss\s+(\d\.\d+)\s+(\d\.\d+)", screen)
     assert measured is not None, screen
     losses = [f"{lane['task']['loss']['value']:.3f}" for lane in report["lanes"]]
     assert list(measured.groups()) == losses
