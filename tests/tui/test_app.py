@@ -214,7 +214,7 @@ def test_a_real_process_is_launched_watched_left_found_again_and_stopped(tmp_pat
     """The main story, with the fake worker as the process."""
     seen: list[RunPaths] = []
 
-    def start(recipe: Recipe, runs_root: Path, progress: object = None) -> RunPaths:
+    def start(recipe: Recipe, runs_root: Path, progress: object = None, *, queue: bool = False) -> RunPaths:
         environment = fake_environment(steps=100_000, seconds=0.02)
         seen.append(start_job(recipe, runs_root, module=MODULE, environment=environment))
         return seen[-1]
