@@ -43,7 +43,13 @@ def run_job(
         with worker:
             if worker.requested("queued"):
                 # Before the body imports anything: torch reads a card's environment when it is imported.
-                turn = wait_for_turn(worker.paths, lambda: worker.requested("stop"), _teller(worker), worker.sleep)
+                turn = wait_for_turn(
+                    worker.paths,
+                    lambda: worker.requested("stop"),
+                    _teller(worker),
+                    worker.sleep,
+                    otherwise=place_key(card or ""),
+                )
                 if turn is None:
                     worker.emit(Finished, outcome="stopped", step=0, seconds=0.0)
                     return 0

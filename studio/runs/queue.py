@@ -137,17 +137,17 @@ class Queue:
             return self._hold(run, key)
         return None
 
-    def take_turn(self, run: RunPaths) -> Turn:
+    def take_turn(self, run: RunPaths, otherwise: str = CPU) -> Turn:
         """Take a free place for a waiting run if its turn has come, and leave the queue.
 
         Every run before it has the first choice among the free places, also one that has not looked yet. A run that is
-        not in the order (its file was lost) goes behind all that are.
+        not in the order, because the file was lost, goes behind all that are, and waits for the card `otherwise`.
 
         Raises:
             StudioError: The queue's files cannot be written.
         """
         with self._changing() as entries:
-            own = next((entry for entry in entries if entry.run == run), Waiting(run, {CPU: {}}))
+            own = next((entry for entry in entries if entry.run == run), Waiting(run, {otherwise: {}}))
             free = {key for entry in (*entries, own) for key in entry.places if not self.at_work(key)}
             before = 0
             for entry in entries:
@@ -219,7 +219,9 @@ def wait_for_turn(
     stopped: Callable[[], bool],
     tell: Callable[[Turn], None],
     sleep: Callable[[float], None],
+    *,
     queue: Queue | None = None,
+    otherwise: str = CPU,
 ) -> Turn | None:
     """Wait until a run has a place of its own; None where it was cancelled.
 
@@ -229,6 +231,7 @@ def wait_for_turn(
         tell: Told what has been found whenever that has changed.
         sleep: Waits for so many seconds.
         queue: The queue; None takes that of this process's home folder.
+        otherwise: The card that the run was launched for, by which it waits where the order does not hold it.
 
     Raises:
         StudioError: The queue's files cannot be written.
@@ -236,7 +239,7 @@ def wait_for_turn(
     queue = queue or Queue()
     told: Turn | None = None
     while not stopped():
-        turn = queue.take_turn(run)
+        turn = queue.take_turn(run, otherwise)
         if turn.hold is not None:
             return turn
         if turn != told:

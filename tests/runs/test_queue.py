@@ -106,10 +106,16 @@ def test_one_whose_worker_died_keeps_its_place_and_holds_nobody_up(queue: Queue,
     "damage", ["", "{", "[]", '{"schema": 9}', '{"schema": 1, "waiting": [{"run": 3}, {"run": "/x", "places": {}}]}']
 )
 def test_a_damaged_order_is_no_order_and_who_waits_is_served_still(queue: Queue, tmp_path: Path, damage: str) -> None:
-    waiter = Waiter(tmp_path, queue, "one", CPU)
+    waiter = Waiter(tmp_path, queue, "one", CARD)
     (tmp_path / "queue" / "order.json").write_text(damage)
     assert queue.waiting() == []
-    assert waiter.look().hold is not None
+    busy = queue.take(make_run(tmp_path, "busy"), CARD)
+    assert busy is not None
+    assert queue.take_turn(waiter.paths, CARD).hold is None  # it waits for the card that it was launched for
+    busy.release()
+    turn = queue.take_turn(waiter.paths, CARD)
+    assert turn.hold is not None
+    assert [paths.name for paths in queue.at_work(CARD)] == [waiter.paths.name]
 
 
 def test_a_queue_that_cannot_be_written_is_said(tmp_path: Path) -> None:
@@ -126,7 +132,11 @@ def test_who_waits_is_told_what_changes_and_leaves_when_cancelled(queue: Queue, 
     told: list[Turn] = []
     looks = iter([lambda: None, lambda: None, one.look, lambda: request(two.paths, "stop")])
     turn = wait_for_turn(
-        two.paths, lambda: requested(two.paths, "stop"), told.append, lambda seconds: next(looks)() and None, queue
+        two.paths,
+        lambda: requested(two.paths, "stop"),
+        told.append,
+        lambda seconds: next(looks)() and None,
+        queue=queue,
     )
     assert turn is None
     assert [(turn.before, turn.at_work) for turn in told] == [(1, ()), (0, (one.paths.name,))]
