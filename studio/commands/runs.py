@@ -46,10 +46,17 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
             parser.add_argument("--yes", action="store_true", help="do not ask (without a terminal nothing is asked)")
         if verb == "resume":
             parser.add_argument("--detach", action="store_true", help="return as soon as the worker runs")
-            parser.add_argument(
+            where = parser.add_mutually_exclusive_group()
+            where.add_argument(
                 "--from-start",
                 action="store_true",
                 help="train from the first step again where every checkpoint is damaged or gone",
+            )
+            where.add_argument(
+                "--checkpoint",
+                type=int,
+                metavar="STEP",
+                help="go back to the checkpoint of this step, also in a finished run; later ones are renamed",
             )
             parser.add_argument("--queue", action="store_true", help="wait in the queue until its card is free")
         if verb == "note":

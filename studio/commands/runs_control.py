@@ -97,7 +97,7 @@ def resume_run(args: argparse.Namespace) -> int:
         StudioError: The worker cannot be started.
     """
     paths = run_of(args)
-    if run_status(paths).live and requested(paths, "pause"):
+    if args.checkpoint is None and run_status(paths).live and requested(paths, "pause"):
         withdraw(paths, "pause")
         _answer(args, paths, run_status(paths), "goes on")
         return DONE
@@ -113,7 +113,13 @@ def resume_run(args: argparse.Namespace) -> int:
     check_space(paths.root)
     watch = RunWatch(paths)
     watch.catch_up()  # so that nothing from before the resume is told again
-    start_again(paths, module=args.modules.get(kind_of_run(paths)), from_start=args.from_start, queue=args.queue)
+    start_again(
+        paths,
+        module=args.modules.get(kind_of_run(paths)),
+        from_start=args.from_start,
+        step=args.checkpoint,
+        queue=args.queue,
+    )
     if args.detach:
         _answer(args, paths, run_status(paths), f"goes on; follow it with: lora-studio runs attach {paths.name}")
         return DONE

@@ -185,11 +185,16 @@ class Saved(RunEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Warned(RunEvent):
-    """Something the user should know that does not stop the job."""
+    """Something the user should know that does not stop the job.
+
+    `shift_seconds` is by how much the machine's clock was set forward since the event before, where that is what is
+    told: `at` of this event and of those before differ by it beside the time that has passed.
+    """
 
     kind: ClassVar[str] = "Warned"
     message: str
     topic: str = ""
+    shift_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -127,7 +127,13 @@ def start_next(paths: RunPaths, *, module: str | None = None, now: Callable[[], 
 
 
 def resume(
-    paths: RunPaths, *, module: str | None = None, from_start: bool = False, queue: bool = False, **launching: Any
+    paths: RunPaths,
+    *,
+    module: str | None = None,
+    from_start: bool = False,
+    step: int | None = None,
+    queue: bool = False,
+    **launching: Any,
 ) -> supervise.Handle:
     """Start a worker in the folder of a run that was stopped, failed or crashed, on the card that it ran on.
 
@@ -135,6 +141,7 @@ def resume(
         paths: The run.
         module: The job's module; None takes that of its kind.
         from_start: Whether training may start over where no checkpoint is whole.
+        step: The step of the checkpoint after which it goes on; None for the newest whole one.
         queue: Whether it waits until its card is free.
         launching: Further arguments of `studio.runs.supervise.launch`.
 
@@ -147,16 +154,19 @@ def resume(
     name = kind_of_run(paths)
     kind = kind_named(name)
     job = read_job(paths, kind.request)
-    supervise.refuse_unless_ended(paths)
+    supervise.refuse_unless_ended(paths, back=step is not None)
     place = kind.check_resume(job, paths).or_refuse()
     if kind.has_checkpoints:
-        resumption(paths, read_history(paths), from_start=from_start)
-    elif from_start:
+        resumption(paths, read_history(paths), from_start=from_start, step=step)
+    elif from_start or step is not None:
         shown = plain(paths.name, one_line=True)
-        raise BadInput(f"the run {shown} is of the kind {name}: only training starts over. Resume it as it is.")
+        raise BadInput(
+            f"the run {shown} is of the kind {name}: only training starts over or goes back. Resume it as it is."
+        )
     before = (lambda: join(paths, places_for(Checked(job, place)))) if queue else None
+    placed = _placed(launching, place)
     return supervise.resume(
-        paths, module=module or kind.module, from_start=from_start, before=before, **_placed(launching, place)
+        paths, module=module or kind.module, from_start=from_start, step=step, before=before, **placed
     )
 
 

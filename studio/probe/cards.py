@@ -122,7 +122,7 @@ class _Nvml:
         mode = self.value("nvmlDeviceGetMigMode", handle)
         mig = None if mode is None else bool(mode[0])
         instances = self._instances(handle) if mig else ()
-        memory = _first_size(instances) if mig else self._memory(handle)
+        memory = _first_size(instances) if mig else self.memory(handle)
         unified = memory is None and any(part in name for part in _UNIFIED_PARTS)
         memory = main_memory() if unified else memory
         capability = self.value("nvmlDeviceGetCudaComputeCapability", handle)
@@ -152,7 +152,7 @@ class _Nvml:
             instance = self.value("nvmlDeviceGetMigDeviceHandleByIndex", handle, index)
             if instance is None:
                 continue
-            memory = self._memory(instance)
+            memory = self.memory(instance)
             number = [self.value(f"nvmlDeviceGet{kind}InstanceId", instance) for kind in ("Gpu", "Compute")]
             found.append(
                 Instance(
@@ -184,7 +184,7 @@ class _Nvml:
         program = path.split(" ")[0] if path.startswith("/") else path
         return _text(re.split(r"[/\\]", program)[-1]) or None
 
-    def _memory(self, handle: Any) -> Any:
+    def memory(self, handle: Any) -> Any:
         """Return total, used and free bytes of a card, None where it tells none.
 
         Version 2 of the call leaves the driver's own reserve out of what is used, as nvidia-smi does; old drivers lack
@@ -203,6 +203,79 @@ class _Nvml:
             return getattr(self._module, name)(*arguments)
         except Exception:  # noqa: BLE001  each reading may fail alone: not supported, lost card, missing function
             return None
+
+
+_REASONS = (
+    (0x08, "the hardware slows it down: heat, or a power supply that is not enough"),
+    (0x40, "it is too hot: the hardware slows it down"),
+    (0x20, "it is too hot: the driver lowers its clocks"),
+    (0x80, "the power supply asked it to slow down"),
+    (0x04, "it draws as much power as its limit allows"),
+    (0x02, "its clocks are set to fixed values"),
+    (0x10, "its clocks follow those of another card"),
+    (0x100, "its clocks follow the display's setting"),
+)
+"""What lowers a card's clocks, by NVML's bit (nvml.h, nvmlClocksEventReasons), the worst first."""
+_GONE = {
+    6: "the driver does not know it any more",  # NVML_ERROR_NOT_FOUND
+    9: "the driver is not loaded any more",  # NVML_ERROR_DRIVER_NOT_LOADED
+    15: "it has fallen off the bus",  # NVML_ERROR_GPU_IS_LOST
+    16: "it must be reset",  # NVML_ERROR_RESET_REQUIRED
+}
+
+
+@dataclass(frozen=True, slots=True)
+class CardState:
+    """How a card that is computed on is doing; what is not available is empty or None.
+
+    Attributes:
+        gone: Why it can no longer be used, in words; empty where it can, or where the driver does not say.
+        reasons: What lowers its clocks, in words, the worst first.
+        free_bytes: Memory that a process could still take.
+        total_bytes: All of its memory.
+        celsius: Temperature.
+    """
+
+    gone: str = ""
+    reasons: tuple[str, ...] = ()
+    free_bytes: int | None = None
+    total_bytes: int | None = None
+    celsius: int | None = None
+
+
+def card_state(uuid: str, load: Callable[[], Any] | None = None) -> CardState:
+    """Return how the card with this UUID is doing. Nothing is raised: without a driver nothing is known.
+
+    Args:
+        uuid: As the driver tells it, `GPU-...`.
+        load: Returns the NVML module.
+    """
+    try:
+        module = (load or _pynvml)()
+        module.nvmlInit()
+    except Exception as error:  # noqa: BLE001  import and driver faults of every kind
+        return CardState(gone=_GONE.get(getattr(error, "value", None) or 0, ""))
+    nvml = _Nvml(module)
+    try:
+        handle = module.nvmlDeviceGetHandleByUUID(uuid)
+        module.nvmlDeviceGetUUID(handle)  # a card that is lost may still be found
+    except Exception as error:  # noqa: BLE001  unknown errors and missing functions say nothing of the card
+        return CardState(gone=_GONE.get(getattr(error, "value", None) or 0, ""))
+    else:
+        bits = nvml.value("nvmlDeviceGetCurrentClocksEventReasons", handle)
+        if bits is None:  # its name before driver 535
+            bits = nvml.value("nvmlDeviceGetCurrentClocksThrottleReasons", handle)
+        reasons = tuple(words for bit, words in _REASONS if isinstance(bits, int) and bits & bit)
+        memory = nvml.memory(handle)
+        celsius = nvml.value("nvmlDeviceGetTemperature", handle, getattr(module, "NVML_TEMPERATURE_GPU", 0))
+        return CardState(
+            reasons=reasons,
+            free_bytes=getattr(memory, "free", None),
+            total_bytes=_positive(getattr(memory, "total", None)),
+            celsius=celsius if isinstance(celsius, int) else None,
+        )
+    finally:
+        nvml.value("nvmlShutdown")
 
 
 def main_memory() -> Any:

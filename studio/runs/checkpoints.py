@@ -12,13 +12,16 @@ from typing import Any
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
+from studio.runs.control import asked_step, requested
 from studio.runs.history import History
 from studio.runs.layout import RunPaths
+from studio.runs.watch import read_history
 
 MARKER = "complete.json"
 ADAPTER_TENSORS, INITIAL_TENSORS = "adapter.safetensors", "initial.safetensors"
 """The adapter's tensors, and those that its base was changed by at the start (PiSSA): what a merge reads of it."""
-_STEP, _ASIDE = "step-", "damaged-"
+_STEP, _ASIDE, _LATER = "step-", "damaged-", "later-"
+_KEPT = "kept"
 _MOST_MARKER_BYTES = 2**20
 _NAMED = 4
 
@@ -60,12 +63,14 @@ class Resumption:
         damaged: The damaged ones that are newer than it, the newest first; they are passed over.
         done: The last step in the log.
         saved: Steps of the checkpoints that were saved, by the log.
+        later: Those after the one that was asked for by its step, which are passed over too.
     """
 
     checkpoint: Path | None
     damaged: tuple[Damaged, ...]
     done: int
     saved: tuple[int, ...]
+    later: tuple[Path, ...] = ()
 
     @property
     def step(self) -> int:
@@ -80,6 +85,9 @@ class Resumption:
     @property
     def note(self) -> str:
         """What to say before it goes on; empty where nothing is out of order."""
+        if self.later:
+            names = ", ".join(str(step_of(folder)) for folder in self.later)
+            return f"going back to step {self.step}, as was asked for; kept beside it: checkpoints of step {names}"
         if self.checkpoint and self.damaged:
             return f"damaged and passed over: checkpoint {_listed(self.damaged)}; going on after step {self.step}"
         if not self.starts_over:
@@ -91,18 +99,22 @@ class Resumption:
         return f"no checkpoint was saved before the run ended after step {self.done}; starting over at step 0"
 
 
-def resumption(paths: RunPaths, history: History, *, from_start: bool) -> Resumption:
+def resumption(paths: RunPaths, history: History, *, from_start: bool, step: int | None = None) -> Resumption:
     """Return where a training run goes on: after its newest whole checkpoint, or at step 0 where it never had one.
 
     Args:
         paths: The run.
         history: Its events so far.
         from_start: Whether the user agreed that it starts over.
+        step: The step of the checkpoint after which the user wants it to go on; None for the newest whole one.
 
     Raises:
         NoWholeCheckpoint: It had checkpoints, none is whole, and the user has not agreed to start over.
-        BadInput: The user agreed to start over though there is a whole one.
+        BadInput: The user agreed to start over though there is a whole one, or the checkpoint that was asked for is not
+            there or is damaged.
     """
+    if step is not None:
+        return _named(paths, history, step)
     newer: list[Damaged] = []
     whole = None
     for folder in reversed(checkpoint_folders(paths.checkpoints)):
@@ -124,6 +136,61 @@ def resumption(paths: RunPaths, history: History, *, from_start: bool) -> Resump
             name, f"every checkpoint of the run {name} is damaged: {_listed(newer)}" if newer else lost
         )
     return found
+
+
+def asked_resumption(paths: RunPaths) -> Resumption:
+    """Return where a training run goes on, as the requests in its folder say.
+
+    Raises:
+        BadInput: As `resumption`.
+    """
+    over = requested(paths, "from-start")
+    return resumption(paths, read_history(paths), from_start=over, step=asked_step(paths))
+
+
+def _named(paths: RunPaths, history: History, step: int) -> Resumption:
+    """Return that a run goes on after the checkpoint of this step.
+
+    Raises:
+        BadInput: It is not there, or damaged.
+    """
+    folders = checkpoint_folders(paths.checkpoints)
+    chosen = next((folder for folder in folders if step_of(folder) == step), None)
+    why = "there is none" if chosen is None else damage_of(chosen)
+    if chosen is None or why:
+        there = ", ".join(str(step_of(folder)) for folder in folders if folder != chosen) or "none"
+        name = plain(paths.name, one_line=True)
+        raise BadInput(f"the run {name} cannot go on after the checkpoint of step {step}: {why}. Others: {there}.")
+    saved = tuple(event.step or 0 for event in history.saved if event.what == "checkpoint")
+    later = tuple(folder for folder in folders if step_of(folder) > step)
+    return Resumption(chosen, (), history.last_step, saved, later)
+
+
+def healthy_before(paths: RunPaths, step: int) -> Path | None:
+    """Return the newest checkpoint from before the losses of a run went wrong, whole by its marker; None without one.
+
+    Args:
+        paths: The run.
+        step: The first step whose loss was wrong. It was computed with the weights that the step before had left, which
+            may be what is wrong: a checkpoint of that step is not trusted.
+    """
+    return next((path for path in reversed(complete_checkpoints(paths.checkpoints)) if step_of(path) < step - 1), None)
+
+
+def keep_back(checkpoint: Path) -> None:
+    """Let a checkpoint stay when older ones are deleted, in place of one that was kept back before.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    for other in complete_checkpoints(checkpoint.parent):
+        (other / _KEPT).unlink(missing_ok=True)
+    (checkpoint / _KEPT).touch(mode=0o600)
+
+
+def outdated(folder: Path, keep: int) -> list[Path]:
+    """Return the checkpoints to delete: all but the newest ones, so many as `keep`, and the one that was kept back."""
+    return [path for path in complete_checkpoints(folder)[:-keep] if not (path / _KEPT).exists()]
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
@@ -174,19 +241,20 @@ def file_stamp(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def set_aside(damaged: Collection[Damaged]) -> None:
-    """Rename damaged checkpoints so that new ones can have their names; none is deleted.
+def set_aside(going_on: Resumption) -> None:
+    """Rename checkpoints that are passed over so that new ones can have their names; none is deleted.
 
     Raises:
         OSError: The folder cannot be written.
     """
-    for one in damaged:
-        place = one.folder.with_name(f"{_ASIDE}{one.folder.name}")
+    passed = [(_ASIDE, one.folder) for one in going_on.damaged] + [(_LATER, folder) for folder in going_on.later]
+    for begins, folder in passed:
+        place = folder.with_name(f"{begins}{folder.name}")
         twin = 1
         while place.exists():
             twin += 1
-            place = one.folder.with_name(f"{_ASIDE}{one.folder.name}-{twin}")
-        one.folder.rename(place)
+            place = folder.with_name(f"{begins}{folder.name}-{twin}")
+        folder.rename(place)
 
 
 def _damage_of_file(path: Path, seen: object) -> str:

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 from studio.runs.layout import RunPaths
 from studio.runs.process import read_mark, send_signal
 
-Request = Literal["stop", "pause", "checkpoint-now", "from-start", "queued"]
+Request = Literal["stop", "pause", "checkpoint-now", "from-start", "from-checkpoint", "queued"]
 REQUESTS: tuple[Request, ...] = get_args(Request)
 
 
@@ -26,14 +26,16 @@ def request(paths: RunPaths, what: Request) -> None:
             raise
 
 
-def leave_request(paths: RunPaths, what: Request) -> None:
-    """Leave the file that is the request.
+def leave_request(paths: RunPaths, what: Request, words: str = "") -> None:
+    """Leave the file that is the request; `words` say more of it.
 
     Raises:
         OSError: It cannot be made.
     """
     paths.control.mkdir(mode=0o700, exist_ok=True)
     (paths.control / what).touch(mode=0o600)
+    if words:
+        (paths.control / what).write_text(words, encoding="utf-8")
 
 
 def asked_at(paths: RunPaths, what: Request) -> int | None:
@@ -41,6 +43,14 @@ def asked_at(paths: RunPaths, what: Request) -> int | None:
     try:
         return (paths.control / what).stat().st_mtime_ns
     except OSError:
+        return None
+
+
+def asked_step(paths: RunPaths) -> int | None:
+    """Return the step of the checkpoint after which the run is asked to go on; None for its newest whole one."""
+    try:
+        return int((paths.control / "from-checkpoint").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
 
 

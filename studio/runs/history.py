@@ -150,7 +150,7 @@ class History:
         finished: How the run ended in order, unless a worker has started since.
         unknown: How many lines this version could not read.
         last_at: Unix seconds of the last event; a warning of silence is not counted.
-        earlier_seconds: How long the workers before the last one took.
+        earlier_seconds: How long the workers before the last one took, less what the clock was set forward since.
     """
 
     started: Started | None = None
@@ -257,6 +257,7 @@ class History:
             case Saved():
                 self.saved.append(event)
             case Warned():
+                self.earlier_seconds -= event.shift_seconds or 0.0
                 if len(self.warnings) < _MOST_WARNINGS:
                     self.warnings.append(event)
             case Paused():

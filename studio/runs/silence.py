@@ -101,5 +101,6 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._over.wait(_POLL_SECONDS):
-            with suppress(Exception):  # a disk that refuses, a run that has just ended: the work goes on without it
-                self.look()
+            for look in (self.look, *self._worker.looks):
+                with suppress(Exception):  # a disk that refuses, a run that has just ended: the work goes on without it
+                    look()

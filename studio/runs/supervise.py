@@ -19,7 +19,7 @@ from typing import Any
 from studio.core.errors import BadInput, StudioError
 from studio.core.text import plain
 from studio.runs.atomic import write_whole
-from studio.runs.control import request, withdraw_all
+from studio.runs.control import leave_request, request, withdraw_all
 from studio.runs.last_words import memory_kills
 from studio.runs.layout import RunPaths
 from studio.runs.lock import lock_held
@@ -163,6 +163,7 @@ def resume(
     *,
     module: str,
     from_start: bool = False,
+    step: int | None = None,
     before: Callable[[], None] | None = None,
     **options: Any,
 ) -> Handle:
@@ -172,6 +173,7 @@ def resume(
         paths: The run.
         module: The job's module.
         from_start: Whether training may start over where no checkpoint is whole.
+        step: The step of the checkpoint after which it goes on; None for the newest whole one.
         before: Called when earlier requests are withdrawn and before the process is started.
         options: As for `launch`.
 
@@ -179,17 +181,23 @@ def resume(
         BadInput: The run is live or finished.
         StudioError: The process cannot be started.
     """
-    refuse_unless_ended(paths)
+    refuse_unless_ended(paths, back=step is not None)
     withdraw_all(paths)
     if from_start:
         request(paths, "from-start")
+    if step is not None:
+        leave_request(paths, "from-checkpoint", str(step))
     if before is not None:
         before()
     return launch(paths, module, **options)
 
 
-def refuse_unless_ended(paths: RunPaths) -> None:
-    """Refuse to resume a run whose worker lives, or that has nothing left to do.
+def refuse_unless_ended(paths: RunPaths, *, back: bool = False) -> None:
+    """Refuse to resume a run whose worker lives, or that has nothing left to do because it finished.
+
+    Args:
+        paths: The run.
+        back: Whether it goes back to a checkpoint, which a finished one may too.
 
     Raises:
         BadInput: It is so.
@@ -200,7 +208,7 @@ def refuse_unless_ended(paths: RunPaths) -> None:
         raise BadInput(
             f"the run {name} is {status}: it cannot be resumed while its worker lives. Attach to it instead."
         )
-    if status is Status.finished:
+    if status is Status.finished and not back:
         raise BadInput(
             f"the run {name} is finished: there is nothing left to do. Start a new run from its recipe.toml."
         )

@@ -78,6 +78,9 @@ class Worker:
         told: How many events were written.
         waits: Whether the last that it told is that it is paused.
         step_seconds: How long the last steps of a training took.
+        listeners: Called with each event once it is written, in the thread that told it. They may tell more; an
+            exception of theirs is printed, and does not reach the job.
+        looks: Called every few seconds by the watchdog of a training, in its thread.
     """
 
     def __init__(
@@ -106,6 +109,8 @@ class Worker:
         self.sleep: Callable[[float], None] = time.sleep
         self.told, self.waits = 0, False
         self.step_seconds: deque[float] = deque(maxlen=20)
+        self.listeners: list[Callable[[RunEvent], None]] = []
+        self.looks: list[Callable[[], None]] = []
         self._reserve = Reserve(paths.reserve)
         # Reentrant, because writing an event that must wait for the disk writes the events that tell of the wait.
         self._writing = threading.RLock()
@@ -167,6 +172,18 @@ class Worker:
         if isinstance(event, (Failed, Finished)):
             self._ended = True
             self.exit_code = 0 if isinstance(event, Finished) else 1
+        for listener in self.listeners:
+            try:
+                listener(event)
+            except JobFailed:  # the disk refused what it told, and the user stopped the run
+                raise
+            except Exception as error:  # noqa: BLE001  whatever fails in looking at a run must not end it
+                _print_traceback(error)
+
+    @property
+    def last_step(self) -> int:
+        """The last step that was told of."""
+        return self._step or 0
 
     def patiently(self, trouble: str, attempt: Callable[[], _Made]) -> _Made:
         """Repeat an attempt until the disk lets it through, and return its result.

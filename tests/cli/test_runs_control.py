@@ -106,6 +106,9 @@ def test_starting_over_with_damaged_checkpoints_wants_a_flag(cli: Cli, home: Pat
     assert "every checkpoint of the run" in refused.err
     assert "step 1 (it has no complete.json)" in refused.err
     assert f"lora-studio runs resume {paths.name} --from-start" in refused.err
+    back = cli("runs", "resume", "broken", "--checkpoint", "7")
+    assert back.code == 2
+    assert "cannot go on after the checkpoint of step 7: there is none. Others: 1" in back.err
     assert paths.events.read_bytes() == before
     agreed = cli("runs", "resume", "broken", "--from-start")
     assert agreed.code == 0

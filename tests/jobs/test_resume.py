@@ -15,8 +15,8 @@ from studio.core.recipe import Recipe
 from studio.jobs.train import between, checkpoint
 from studio.probe.data import read_data, row_keys
 from studio.probe.resume import check_resume
-from studio.runs.checkpoints import complete_checkpoints, damage_of
-from studio.runs.control import request, requested, withdraw_all
+from studio.runs.checkpoints import complete_checkpoints, damage_of, step_of
+from studio.runs.control import leave_request, request, requested, withdraw_all
 from studio.runs.held_out import read_record
 from studio.runs.history import History
 from studio.runs.job import read_job, write_job
@@ -439,6 +439,39 @@ def test_a_yes_does_not_throw_a_whole_checkpoint_away(train: Train, stopped: Run
     assert "has a whole checkpoint after step 3" in refused(again(train, stopped))
     withdraw_all(stopped)
     assert again(train, stopped).finished is not None
+
+
+def test_a_finished_run_goes_back_to_a_named_checkpoint_and_ends_as_before(train: Train, recipe: Recipe) -> None:
+    paths = train(recipe.with_("train.checkpoint_every", 2).with_("train.keep_checkpoints", 3))
+    before, made = history_of(paths), weights(paths)
+    assert [step_of(path) for path in complete_checkpoints(paths.checkpoints)] == [2, 4, 6]
+    leave_request(paths, "from-checkpoint", "4")
+    history = again(train, paths)
+    assert history.started is not None
+    assert history.started.resumed_from == 4
+    assert not requested(paths, "from-checkpoint")
+    assert [one.message for one in history.warnings if one.topic == "checkpoint"] == [
+        "going back to step 4, as was asked for; kept beside it: checkpoints of step 6"
+    ]
+    assert (paths.checkpoints / "later-step-00000006").is_dir()
+    assert list(history.train.losses) == list(before.train.losses)
+    for name, weight in made.items():
+        assert torch.equal(weights(paths)[name], weight), name
+
+
+def test_a_loss_that_is_no_number_names_the_checkpoint_from_before(
+    train: Train, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(self: between.Between) -> None:
+        for parameter in self.step_model.parameters():
+            if parameter.requires_grad:
+                parameter.data.fill_(torch.nan)
+
+    at_step(monkeypatch, 5, spoil)
+    history = history_of(train(recipe.with_("train.checkpoint_every", 2)))
+    assert history.failed is not None
+    assert history.failed.failure == "nonfinite_loss"
+    assert history.failed.advice.endswith("of step 4; to go back to it: lora-studio runs resume RUN --checkpoint 4")
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_starts_over_and_says_so(

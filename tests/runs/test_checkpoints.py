@@ -16,6 +16,9 @@ from studio.runs.checkpoints import (
     complete_checkpoints,
     damage_of,
     file_stamp,
+    healthy_before,
+    keep_back,
+    outdated,
     resumption,
     set_aside,
     step_of,
@@ -136,9 +139,46 @@ def test_a_whole_checkpoint_is_not_thrown_away_by_a_yes(paths: RunPaths) -> None
 
 def test_what_is_set_aside_is_kept_and_counts_no_more(paths: RunPaths) -> None:
     for _ in range(2):
-        set_aside([Damaged(checkpoint(paths, 10), "broken")])
+        set_aside(Resumption(None, (Damaged(checkpoint(paths, 10), "broken"),), 10, (10,)))
     assert checkpoint_folders(paths.checkpoints) == []
     assert sorted(folder.name for folder in paths.checkpoints.iterdir()) == [
         "damaged-step-00000010",
         "damaged-step-00000010-2",
     ]
+
+
+def test_a_checkpoint_that_is_named_is_gone_back_to_and_later_ones_are_kept(paths: RunPaths) -> None:
+    made = [checkpoint(paths, step) for step in (10, 20, 30)]
+    (made[2] / MARKER).unlink()
+    found = resumption(paths, told(10, 20, 30, steps=33), from_start=False, step=10)
+    assert (found.checkpoint, found.step, found.later, found.damaged) == (made[0], 10, (made[1], made[2]), ())
+    assert found.note == "going back to step 10, as was asked for; kept beside it: checkpoints of step 20, 30"
+    set_aside(found)
+    assert checkpoint_folders(paths.checkpoints) == [made[0]]
+    assert {folder.name[-3:] for folder in paths.checkpoints.glob("later-step-*")} == {"020", "030"}
+
+
+def test_a_checkpoint_that_is_named_must_be_there_and_whole(paths: RunPaths) -> None:
+    (checkpoint(paths, 10) / "state.json").unlink()
+    checkpoint(paths, 20)
+    with pytest.raises(BadInput, match=r"after the checkpoint of step 15: there is none\. Others: 10, 20"):
+        resumption(paths, told(10, 20), from_start=False, step=15)
+    with pytest.raises(BadInput, match=r"of step 10: state\.json is missing\. Others: 20"):
+        resumption(paths, told(10, 20), from_start=False, step=10)
+
+
+def test_the_healthy_checkpoint_is_older_than_the_weights_that_went_wrong(paths: RunPaths) -> None:
+    made = [checkpoint(paths, step) for step in (10, 20)]
+    (checkpoint(paths, 15) / MARKER).unlink()
+    assert healthy_before(paths, 22) == made[1]
+    assert healthy_before(paths, 21) == made[0]
+    assert healthy_before(paths, 11) is None
+
+
+def test_one_checkpoint_is_kept_back_at_a_time(paths: RunPaths) -> None:
+    made = [checkpoint(paths, step) for step in (10, 20, 30, 40)]
+    keep_back(made[0])
+    assert outdated(paths.checkpoints, 1) == made[1:3]
+    keep_back(made[1])
+    assert outdated(paths.checkpoints, 1) == [made[0], made[2]]
+    assert damage_of(made[1]) == ""

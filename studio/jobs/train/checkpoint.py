@@ -19,7 +19,7 @@ from torch import Tensor
 from studio.jobs.train.adapter import adapter_weights
 from studio.jobs.train.optimizer import restore_state
 from studio.runs.atomic import publish_folder, write_whole
-from studio.runs.checkpoints import ADAPTER_TENSORS, INITIAL_TENSORS, MARKER, complete_checkpoints, file_stamp
+from studio.runs.checkpoints import ADAPTER_TENSORS, INITIAL_TENSORS, MARKER, file_stamp, outdated
 
 _OPTIMIZER, _RANDOM, _STATE = "optimizer.safetensors", "random.safetensors", "state.json"
 
@@ -83,7 +83,7 @@ def save_checkpoint(
         publish_folder(scratch, final)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    for old in complete_checkpoints(folder)[:-keep]:
+    for old in outdated(folder, keep):
         shutil.rmtree(old, ignore_errors=True)
     return final
 

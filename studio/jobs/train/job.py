@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import transformers
 
-from studio.core.errors import BadInput
+from studio.core.errors import BadInput, JobFailed
 from studio.core.events import Finished, Identified, Planned, Started, Warned
 from studio.core.recipe import Recipe
 from studio.core.schedule import total_steps_of
@@ -43,15 +43,15 @@ from studio.jobs.train.reference import with_reference
 from studio.jobs.train.step_model import StepModel
 from studio.jobs.train.streamed_proof import prove_streaming
 from studio.jobs.train.trainable_model import stream_base, trainable_model
+from studio.jobs.train.watch import TrainingWatch, way_back
 from studio.probe.calibrate import remember_run
 from studio.probe.data import Row
 from studio.probe.device import other_card_note
 from studio.probe.fingerprint import short_fingerprint
 from studio.probe.models import find_base, refuse_untrainable
 from studio.probe.resume import RowsFound, changed_libraries, refuse_other_base, refuse_other_recipe, refuse_other_rows
-from studio.runs.checkpoints import Resumption, resumption, set_aside
+from studio.runs.checkpoints import Resumption, asked_resumption, set_aside
 from studio.runs.identity import Identity, first_date, read_identity, write_identity
-from studio.runs.watch import read_history
 from studio.runs.worker import Worker
 
 _OTHER_LOSS = {
@@ -95,11 +95,14 @@ def train_run(worker: Worker, recipe: Recipe, objective: Objective | None = None
             damaged and the user has not agreed to start over.
     """
     worker.patient = True  # a full disk makes the run wait: hours of training would be lost otherwise
-    going_on = resumption(worker.paths, read_history(worker.paths), from_start=worker.requested("from-start"))
+    going_on = asked_resumption(worker.paths)
+    TrainingWatch(worker)
     try:
         run(prepare(worker, recipe, objective or objective_of(recipe), going_on))
     except Cancelled:  # before the first step; once training, a stop ends the loop instead
         worker.emit(Finished, outcome="stopped", step=going_on.step, seconds=0.0)
+    except JobFailed as failure:
+        raise way_back(failure, worker) from failure
 
 
 def prepare(worker: Worker, recipe: Recipe, objective: Objective, going_on: Resumption) -> Training:
@@ -141,7 +144,7 @@ def prepare(worker: Worker, recipe: Recipe, objective: Objective, going_on: Resu
         identify=lambda train, held: _identify(worker, first, trained_on, train, held),
     )
     # Not before recipe, base and rows are known to be the run's own: a refused resume leaves its folder as it was.
-    set_aside(going_on.damaged)
+    set_aside(going_on)
 
     tell("loading the base model", detail=recipe.method)
     _seed(recipe.train.seed)  # before the adapter is attached, whose A matrices are random
@@ -279,6 +282,7 @@ def _begin(worker: Worker, recipe: Recipe, going_on: Resumption, first: Identity
         date=date.isoformat(),
     )
     worker.served("from-start")
+    worker.served("from-checkpoint")
     if going_on.note:
         worker.emit(Warned, topic="checkpoint", message=going_on.note)
     if changed := [*rounded, *changed_libraries(first, versions)]:
@@ -375,11 +379,7 @@ def _finish(between: Between, end: TrainState) -> None:
         outcome="stopped" if early else "done",
         step=end.step,
         seconds=end.seconds,
-        result={
-            "adapter": "adapter",
-            "eval_loss": between.last_eval,
-            "tokens": end.tokens,
-        },
+        result={"adapter": "adapter", "eval_loss": between.last_eval, "tokens": end.tokens},
     )
 
 
