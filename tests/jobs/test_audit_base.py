@@ -17,7 +17,7 @@ from studio.core.recipe import Recipe
 from studio.jobs.audit import figures
 from studio.jobs.audit.blocks import parts_of
 from studio.jobs.audit.figures import Ground
-from studio.jobs.audit.report import bars_svg, losses_svg
+from studio.jobs.audit.job import bars_svg, losses_svg
 from studio.jobs.audit.rows import NEUTRAL
 from studio.jobs.audit.variants import folder_variants
 from studio.jobs.base.data.rows import Example

@@ -19,10 +19,9 @@ from transformers import AutoTokenizer
 from studio.core.recipe import Recipe
 from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.rows import Encoder, Encoding
-from studio.jobs.show.near import ALIKE, NearRows, alike, runs_of
 from studio.jobs.show.pieces import shown_example, token_texts
 from studio.jobs.show.session import Session
-from studio.jobs.show.tally import Tally
+from studio.jobs.show.tally import ALIKE, NearRows, Tally, alike, runs_of
 from studio.jobs.train.objectives.pairs import encode_pairs
 from studio.probe.data import Reading, Row, read_data, row_keys
 from studio.probe.held_out import hold_out

@@ -27,8 +27,7 @@ from studio.probe.data.beside import (
     system_of,
     template_kwargs_of,
 )
-from studio.probe.data.call_texts import glaive, taken_apart
-from studio.probe.data.calls import calls_of, tools_of
+from studio.probe.data.calls import calls_of, glaive, taken_apart, tools_of
 from studio.probe.data.findings import Findings, filled
 from studio.probe.data.misreads import check_placeholder, refuse_media
 from studio.probe.data.preferences import PAIR_COLUMNS, PAIRS, PROMPT_COLUMNS, TURN_COLUMNS, prompt_column
