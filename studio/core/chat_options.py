@@ -29,15 +29,16 @@ _MOST = 50
 
 @dataclass(frozen=True, slots=True)
 class Several(ValueKind):
-    """One or more of some words, in their order."""
+    """One or more of some words, in their order; with `none` also none of them."""
 
     words: tuple[str, ...]
+    none: bool = False
 
     @property
     def allowed(self) -> str:
         """The list."""
         quoted = ", ".join(f'"{word}"' for word in self.words)
-        return f"a list of one or more of [{quoted}]; on one line: {', '.join(self.words)}"
+        return f"a list of {'none, ' * self.none}one or more of [{quoted}]; on one line: {', '.join(self.words)}"
 
     def shaped(self, value: Any) -> Any:
         """Return a list as a tuple, known words in their order."""
@@ -48,7 +49,7 @@ class Several(ValueKind):
 
     def wrong(self, value: Any) -> Iterator[tuple[str, str]]:
         """Yield a value that is no list, is empty, or holds another word or one twice."""
-        sound = isinstance(value, tuple) and value and all(word in self.words for word in value)
+        sound = isinstance(value, tuple) and (value or self.none) and all(word in self.words for word in value)
         if not sound or len(set(value)) < len(value):
             yield found_value(value), self.allowed
 

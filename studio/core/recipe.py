@@ -416,6 +416,14 @@ class TrainSection:
         cost="Disk: adapter and optimizer state each time.",
         resume="free",
     )
+    track: tuple[str, ...] = declared(
+        (),
+        Several(("trackio", "wandb", "mlflow"), none=True),
+        "Track",
+        "Sends figures to trackio, wandb or mlflow, whose library must be installed; empty for none. TensorBoard's "
+        "files are written wherever its package is.",
+        resume="free",
+    )
     keep_checkpoints: int = declared(
         2,
         Number(int, 1, 1000, "checkpoints", (1, 2, 3, 5, 10)),

@@ -9,10 +9,13 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from studio.core.errors import StudioError
+from studio.core.errors import BadInput, StudioError
 from studio.core.events import Finished, Phase
+from studio.core.recipe import Recipe
+from studio.runs.beside import begin, teller_of_troubles
 from studio.runs.disk import refuses
 from studio.runs.failure import Explain, not_explained
+from studio.runs.job import read_job
 from studio.runs.layout import RunPaths
 from studio.runs.queue import Queue, Turn, place_key, wait_for_turn
 from studio.runs.silence import Watchdog
@@ -57,6 +60,8 @@ def run_job(
                 held = turn.hold
             else:
                 held = None if card is None else Queue().take(worker.paths, place_key(card))
+            begin(worker.paths, track=asked_trackers(worker.paths) if watched else (), training=watched)
+            worker.looks.append(teller_of_troubles(worker.paths, worker.emit))
             with Watchdog(worker) if watched else nullcontext():
                 body(worker)
             del held  # a lock that nothing refers to is given back, so it is kept until here
@@ -65,6 +70,15 @@ def run_job(
             traceback.print_exception(error)
         return 1
     return worker.exit_code
+
+
+def asked_trackers(paths: RunPaths) -> tuple[str, ...]:
+    """Return the trackers that a run's recipe asks for, by their libraries; none for other jobs."""
+    try:
+        recipe = read_job(paths, Recipe)
+    except BadInput:  # the job says so
+        return ()
+    return recipe.train.track if recipe else ()
 
 
 def _teller(worker: Worker) -> Callable[[Turn], None]:

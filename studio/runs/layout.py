@@ -164,6 +164,16 @@ class RunPaths:
         return self.root / "note.txt"
 
     @property
+    def beside(self) -> Path:
+        """What went wrong beside the run: in the user's command, in trackers; a file for each."""
+        return self.root / "beside"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's files, where its package is installed."""
+        return self.root / "tensorboard"
+
+    @property
     def exists(self) -> bool:
         """Whether the folder is a run: it holds a recipe or a log, and no pipe or device under the name of a file."""
         return (self.recipe.is_file() or self.events.is_file()) and not _never_ends(self.root)

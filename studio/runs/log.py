@@ -106,10 +106,11 @@ class EventTail:
         restarts: How often the file was replaced or cut since the first read. Events from before then no longer count.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, begin: int = 0) -> None:
+        """Follow a log from this byte on, where a line begins."""
         self.path = path
         self.restarts = 0
-        self._offset = 0
+        self._offset = begin
         self._inode: int | None = None
         self._inside_long_line = False
 

@@ -16,6 +16,7 @@ from studio.core.evidence import LEAST_TOKENS, gain_in_words
 from studio.core.intervals import Interval
 from studio.core.recipe import FIELDS, Recipe
 from studio.runs.atomic import read_object
+from studio.runs.beside import troubles
 from studio.runs.control import requested
 from studio.runs.history import History
 from studio.runs.job import read_job
@@ -71,7 +72,7 @@ def summary_of(paths: RunPaths, history: History, status: Status, now: float | N
         "left_out": history.planned.left_out if history.planned else {},
         "seconds": _number(history.seconds),
         "peak_bytes": peak_bytes(history),
-        "warnings": [event.message for event in history.warnings],
+        "warnings": list(dict.fromkeys([*(event.message for event in history.warnings), *troubles(paths)])),
         "failure": _failure(paths, history, status),
         "result": finished.result if finished else {},
     }

@@ -35,6 +35,8 @@ ENVIRONMENT = {
     # OpenMP's threads spin while they wait for each other; with one core busy elsewhere an evaluation took 44 s, not 7.
     "OMP_WAIT_POLICY": "PASSIVE",
 }
+ASKED_WANDB_MODE = "LORA_STUDIO_WANDB_MODE"
+"""Holds for a tracker's process what WANDB_MODE is where the job was started."""
 _CHILDREN: "dict[Path, subprocess.Popen[bytes]]" = {}
 """The last process that was started here for each run, so that its exit status can be collected."""
 _COUNTED = ", and has counted such a kill since the process began"
@@ -233,6 +235,8 @@ def how_it_ended(paths: RunPaths) -> str:
 def child_environment(additions: Mapping[str, str]) -> dict[str, str]:
     """Return this process's environment with `ENVIRONMENT`, the additions, and a path to this very package."""
     environment = {**os.environ, **ENVIRONMENT, **additions}
+    if mode := os.environ.get("WANDB_MODE", ""):
+        environment.setdefault(ASKED_WANDB_MODE, mode)
     parent = str(Path(__file__).resolve().parents[2])
     # A checkout does not lie where Python looks for packages, and the child does not run in the checkout's folder.
     if parent not in (*site.getsitepackages(), site.getusersitepackages()):

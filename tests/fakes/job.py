@@ -144,4 +144,5 @@ def _hoard() -> None:
 if __name__ == "__main__":
     if group := os.environ.get("FAKE_GROUP"):
         Path(group).write_text(str(os.getpid()))
-    sys.exit(run_job(Path(sys.argv[1]), main, card=os.environ.get("LORA_STUDIO_CARD", "")))
+    watched = bool(_number("WATCHED", 0))
+    sys.exit(run_job(Path(sys.argv[1]), main, card=os.environ.get("LORA_STUDIO_CARD", ""), watched=watched))

@@ -23,6 +23,7 @@ from studio.core.vram.setup import Setup, setup_of
 from studio.jobs.base import load as base_load
 from studio.jobs.train import job
 from studio.launch.start import prepare
+from studio.runs import job_process
 from studio.runs.layout import ADAPTER_WEIGHTS, RunPaths
 from studio.runs.log import read_events
 from tests.fakes.tiny_model import make_tiny_model, tiny_config
@@ -201,6 +202,7 @@ ROWS: dict[str, Row] = {
     "train.seed": Row(18, "losses"),
     "train.checkpoint_every": Row(1, "checkpoints"),
     "train.checkpoint_minutes": Row(1e-9, "checkpoints"),
+    "train.track": Row(["mlflow"], "tracked"),
     "train.keep_checkpoints": Row(1, "checkpoints left", {"train.checkpoint_every": 1}),
     "eval.rows": Row(0, "held out", {"eval.samples": 0}),
     "eval.every": Row(2, "evaluated"),
@@ -289,6 +291,7 @@ def seen_of(paths: RunPaths, spied: dict[str, list[Any]], recipe: Recipe) -> dic
         "details": each(Phase, lambda event: event.detail if event.name == "attaching the adapter" else ""),
         "checkpoints": each(Saved, lambda event: event.path),
         "checkpoints left": sorted(folder.name for folder in paths.checkpoints.glob("step-*")),
+        "tracked": job_process.asked_trackers(paths),
         "failure": each(Failed, lambda event: event.message),
         "tensors": _tensors(paths.adapter / ADAPTER_WEIGHTS),
         "optimizer state": [_tensors(path) for path in paths.checkpoints.glob("*/optimizer.safetensors")],

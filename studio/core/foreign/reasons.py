@@ -24,7 +24,7 @@ class Reason:
 
 REASONS = (
     Reason(
-        "a run keeps its own log and pictures; nothing is sent to a service",
+        "a run keeps its own log and pictures, and sends figures to trackers that train.track names",
         "wandb* mlflow_* use_mlflow comet_* use_comet swanlab_* use_swanlab trackio_* use_tensorboard report_to "
         "logging_* log_* run_name project plot_loss disable_tqdm include_* print_param_status profiler_steps* "
         "use_otel* otel_* gc_steps gradio_* include_tokens_per_second logging_first_step debug strict verbose "
