@@ -273,6 +273,8 @@ def tell_success(watch: RunWatch, summary: dict[str, Any], to: TextIO) -> None:
         # Not through `say`, which would make the escapes of its colours visible. Nothing in a plot is foreign text.
         print(plot, file=to, flush=True)
     steps = f" after {summary['steps']} steps" if summary["job"] not in ("merge", "export") else ""
+    for one in summary["shrunk"]:
+        say(f"made smaller after step {one['step']}: {plain(one['words'], one_line=True, limit=200)}", to=to)
     say(f"{summary['status']}{steps} in {duration(summary['seconds'])}{_losses(summary)}", to=to)
     if summary["gain"]:
         say(summary["gain"]["words"], to=to)

@@ -3,6 +3,7 @@
 import argparse
 import math
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -124,6 +125,7 @@ def _facts(summary: dict[str, Any]) -> dict[str, str]:
         **_pair_facts(summary["pairs"]),
         "speed": (summary["tokens_per_second"], f"{number(summary['tokens_per_second'], ',.0f')} tokens/s"),
         "memory": (summary["peak_bytes"], f"peak {size(summary['peak_bytes'])}"),
+        "shrunk": (summary["shrunk"] or None, shrunk_in_words(summary["shrunk"])),
         "rows": (summary["left_out"] or None, left_out_in_words(summary["left_out"])),
         "adapter": (trains or None, summary["adapter"] or "none"),
         "output": (summary["out"], str(summary["out"])),
@@ -138,6 +140,11 @@ def _facts(summary: dict[str, Any]) -> dict[str, str]:
         **{key: text for key, (value, text) in known.items() if value is not None},
     }
     return {key: plain(text, one_line=True, limit=400) for key, text in facts.items()}
+
+
+def shrunk_in_words(shrunk: Sequence[Mapping[str, Any]]) -> str:
+    """Return what a run was made smaller by, as memory was refused, with the steps; empty where it never was."""
+    return "; ".join(f"after step {one['step']}: {one['words']}" for one in shrunk)
 
 
 def _waits(summary: dict[str, Any]) -> str:

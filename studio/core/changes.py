@@ -70,7 +70,7 @@ def _fused_attention(recipe: Recipe, shape: ModelShape) -> Iterator[Change]:
         yield Change(settings, "fused attention", _SAME, "the same result without S x S matrices", (0.5, 1.0))
 
 
-def _fewer_rows_at_once(recipe: Recipe, _shape: ModelShape) -> Iterator[Change]:
+def fewer_rows_at_once(recipe: Recipe, _shape: ModelShape | None) -> Iterator[Change]:
     """Yield smaller micro-batches with as much more accumulation: a step sees the same rows."""
     rows, steps = recipe.train.micro_batch, recipe.train.accumulation
     for fewer in range(rows - 1, 0, -1):
@@ -81,7 +81,7 @@ def _fewer_rows_at_once(recipe: Recipe, _shape: ModelShape) -> Iterator[Change]:
             yield Change(settings, words, "same rows a step", "a step sees the same rows", (1.0, 1.3))
 
 
-def _recomputing(recipe: Recipe, shape: ModelShape) -> Iterator[Change]:
+def recomputing(recipe: Recipe, shape: ModelShape) -> Iterator[Change]:
     """Yield a quarter of the layers computed once more, then a half, three quarters and all."""
     now = recipe.train.recompute
     if now in ("all", "auto"):
@@ -110,7 +110,8 @@ def _half_weights(recipe: Recipe, _shape: ModelShape) -> Iterator[Change]:
         )
 
 
-def _offloading(recipe: Recipe, _shape: ModelShape) -> Iterator[Change]:
+def offloading(recipe: Recipe, _shape: ModelShape) -> Iterator[Change]:
+    """Yield that the inputs of layers which are computed again wait in main memory."""
     if recipe.train.recompute != "none" and not recipe.train.offload_checkpoints:
         settings = (("train.offload_checkpoints", True),)
         why = "the same result: layer inputs wait in main memory"
@@ -184,13 +185,14 @@ def _fewer_targets(recipe: Recipe, shape: ModelShape) -> Iterator[Change]:
         )
 
 
-def _streaming(recipe: Recipe, shape: ModelShape) -> Iterator[Change]:
+def streaming(recipe: Recipe, shape: ModelShape) -> Iterator[Change]:
     """Yield a quarter of the layers in main memory, then a half, three quarters and all."""
-    if recipe.model.stream != "off" or recipe.train.compile:
+    if recipe.model.stream == "auto" or recipe.train.compile:
         return
+    now = 0 if recipe.model.stream == "off" else recipe.model.stream
     for quarter in (1, 2, 3, 4):
         layers = shape.layers * quarter // 4
-        if layers > BUFFERS:
+        if layers > max(BUFFERS, now):
             words = f"{layers} of {shape.layers} layers streamed from main memory"
             why = "the same result: layers wait in main memory and are copied ahead; no card has run it yet"
             yield Change((("model.stream", layers),), words, "same result, no card has run it yet", why, (1.0, 4.0))
@@ -199,11 +201,11 @@ def _streaming(recipe: Recipe, shape: ModelShape) -> Iterator[Change]:
 _KINDS: tuple[Kind, ...] = (
     _chunked_loss,
     _fused_attention,
-    _fewer_rows_at_once,
-    _recomputing,
+    fewer_rows_at_once,
+    recomputing,
     _small_states,
     _half_weights,
-    _offloading,
+    offloading,
     _double_quant,
     _four_bits,
     _narrower,
@@ -219,7 +221,7 @@ def kinds(longest_tokens: int | None = None, *, streams: bool = False) -> tuple[
         longest_tokens: Tokens of the longest row of the data, where it is known.
         streams: Whether layers may be streamed. That comes last until a card has run it.
     """
-    last: tuple[Kind, ...] = (_streaming,) if streams else ()
+    last: tuple[Kind, ...] = (streaming,) if streams else ()
     if longest_tokens is None:
         return (*_KINDS, *last)
     no_empty: Kind = partial(_no_empty_length, longest_tokens=longest_tokens)

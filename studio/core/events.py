@@ -198,6 +198,23 @@ class Warned(RunEvent):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Shrunk(RunEvent):
+    """Memory was refused, and the training goes on after `step` in a smaller form (`train.on_oom`).
+
+    `stage` is what it was doing: load, work, optimizer, eval or save. `settings` are the fields of the recipe that have
+    other values from now on, also after a resume; empty where it only freed what it could and tries again. `words` say
+    it. `batch_tokens` are those of the largest micro-batch of the next step, as in `Planned`; unknown while loading.
+    """
+
+    kind: ClassVar[str] = "Shrunk"
+    step: int
+    stage: str
+    words: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    batch_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Paused(RunEvent):
     """The job waits between two steps (`paused` true) or goes on (`paused` false).
 
@@ -253,6 +270,7 @@ KINDS: dict[str, type[RunEvent]] = {
         Sampled,
         Saved,
         Warned,
+        Shrunk,
         Paused,
         Failed,
         Finished,

@@ -42,6 +42,7 @@ Stream = Literal["off", "auto"] | int
 OrAuto = bool | Literal["auto"]
 """A switch, or `auto`, which becomes one of both when a run starts."""
 Packing = Literal["auto", "on", "off"]
+OnOom = Literal["stop", "shrink"]
 WeighBy = Literal["rows", "tokens"]
 Objective = Literal["sft", "dpo", "orpo"]
 AdapterInit = Literal["default", "gaussian", "pissa", "loftq"]
@@ -430,6 +431,15 @@ class TrainSection:
         "Keep checkpoints",
         "Newest checkpoints kept; older ones are deleted.",
         cost="Disk, linearly.",
+        resume="free",
+    )
+    on_oom: OnOom = declared(
+        "stop",
+        Choice(get_args(OnOom)),
+        "Out of memory",
+        "stop, or shrink: the run frees what it can and goes on from its last step with smaller micro-batches and as "
+        "much more accumulation, or more layers computed again or streamed: the same rows a step.",
+        flag="on-oom",
         resume="free",
     )
 

@@ -2,11 +2,12 @@
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from studio.core.calibration import Observation
+from studio.core.calibration import Observation, matching, process_range
 from studio.core.errors import StudioError
+from studio.core.events import Planned
 from studio.core.gpu_catalogue import Gpu, find_gpu
 from studio.core.recipe import Recipe
 from studio.core.shape import ModelShape
@@ -20,7 +21,7 @@ from studio.probe.models import find_base
 from studio.probe.setting import CARD_USED, CPU, setting_of
 from studio.probe.shape import shape_of_base
 from studio.runs.atomic import read_object, write_whole
-from studio.runs.calibration import observation_to_dict, remember
+from studio.runs.calibration import observation_to_dict, read_observations, remember
 from studio.runs.history import History
 from studio.runs.layout import RunPaths
 from studio.runs.log import read_events
@@ -71,14 +72,13 @@ def observe(
         return None
     if len(history.train.steps) < _WARM_UP_STEPS + _LEAST_STEPS:
         return None
-    gpu = None if planned.device == CPU else _card(planned.device)
-    setup = setup_of(recipe.with_("model.dtype", planned.dtype))
-    setup = replace(setup, device="cpu" if planned.device == CPU else "cuda")
-    largest = _as_it_ran(setup, planned.batch_tokens)
-    estimate = estimate_vram(shape, largest, gpu)
+    gpu = card_named(planned.device)
+    setup = _setup_that_ran(recipe, planned)
+    estimate = estimate_vram(shape, _as_it_ran(setup, planned.batch_tokens), gpu)
     memory = history.memory
+    # What a form held that was too large says nothing about the one that took its place.
     peak, reserved, device = (
-        _highest(series) for series in (memory.peak_bytes, memory.reserved_bytes, memory.device_bytes)
+        _highest(series[history.as_now :]) for series in (memory.peak_bytes, memory.reserved_bytes, memory.device_bytes)
     )
     rate = _tokens_per_second(history)
     typical = _as_it_ran(setup, max(1, round(_tokens_per_step(history) / recipe.train.accumulation)))
@@ -91,7 +91,8 @@ def observe(
         allocated_bytes=peak,
         reserved_bytes=reserved,
         device_bytes=None if device is None or others_bytes is None else max(0, device - others_bytes),
-        resident_bytes=_highest(memory.resident_peak_bytes) if planned.device == CPU else None,
+        # The highest resident set since the process began is that of the larger form.
+        resident_bytes=_highest(memory.resident_peak_bytes) if planned.device == CPU and not history.shrunk else None,
         operations_per_second=None if rate is None else rate * step_work(shape, typical).operations_per_token,
         speed_factor=None if rate is None or expected is None else rate / expected.expected,
         stages=_stages(estimate, history),
@@ -104,7 +105,52 @@ def _others_bytes(paths: RunPaths) -> int | None:
     return used if isinstance(used, int) and not isinstance(used, bool) and used >= 0 else None
 
 
-def _card(name: str) -> Gpu | None:
+def remember_refusal(paths: RunPaths, recipe: Recipe, planned: Planned, held: Mapping[str, int | None]) -> str:
+    """Keep what a training held when memory was refused: it takes more than that, so later plans must, too.
+
+    Only what is above the plan teaches anything: a card may have been full for other reasons.
+
+    Args:
+        paths: The run.
+        recipe: As it ran.
+        planned: What the run told of it.
+        held: Readings as `MemorySeen` has them.
+
+    Returns:
+        Why that failed; empty where it did not.
+    """
+    try:
+        if not planned.batch_tokens:
+            return ""
+        shape, gpu = shape_of_base(find_base(recipe.model.base, recipe.model.revision)), card_named(planned.device)
+        estimate = estimate_vram(shape, _as_it_ran(_setup_that_ran(recipe, planned), planned.batch_tokens), gpu)
+        setting = setting_of(planned.device, recipe.method)
+        seen = Observation(
+            run=f"{paths.name}, refused",
+            at=planned.at,
+            setting=setting,
+            predicted=(estimate.allocated.expected, estimate.reserved.expected, estimate.device.expected),
+            allocated_bytes=held.get("peak_bytes"),
+            resident_bytes=held.get("resident_peak_bytes") if planned.device == CPU else None,
+        )
+        known = process_range(matching(read_observations(), setting))
+        beyond = seen.process_bytes is not None and (known is None or seen.process_bytes > known.expected)
+        if (seen.tensor_factor or 0.0) > 1.0 or beyond:
+            remember(seen)
+    except Exception as error:  # noqa: BLE001  a run that goes on must not fail over its own statistics
+        return plain(f"{type(error).__name__}: {error}", one_line=True, limit=300)
+    return ""
+
+
+def _setup_that_ran(recipe: Recipe, planned: Planned) -> Setup:
+    setup = setup_of(recipe.with_("model.dtype", planned.dtype))
+    return replace(setup, device="cpu" if planned.device == CPU else "cuda")
+
+
+def card_named(name: str) -> Gpu | None:
+    """Return what the catalogue knows of a card by CUDA's name for it; None for the CPU and unknown cards."""
+    if name == CPU:
+        return None
     try:
         return replace(find_gpu(name), name=name)
     except StudioError:
@@ -138,7 +184,8 @@ def _stages(estimate: VramEstimate, history: History) -> tuple[tuple[str, int, i
     """Return predicted and measured peaks of the stages, or of several stages between two readings of the counters."""
     predicted, memory = dict(estimate.stages), history.memory
     measured: dict[str, int] = {}
-    for name, peak in zip(memory.stages, memory.peak_bytes, strict=True):
+    begin = history.as_now
+    for name, peak in zip(memory.stages[begin:], memory.peak_bytes[begin:], strict=True):
         if math.isfinite(peak) and name in _STAGES_OF:
             measured[name] = max(measured.get(name, 0), int(peak))
     return tuple((name, max(predicted[stage] for stage in _STAGES_OF[name]), peak) for name, peak in measured.items())

@@ -59,7 +59,8 @@ _WHILE: dict[Stage, str] = {
 _CLOSE = "close other programs that hold memory (see lora-studio gpus)"
 _TRAIN: dict[Stage, str] = {
     "load": f"{_CLOSE}; use method qlora, which holds the base in 4 bits; or take a smaller base model",
-    "work": "cheapest first: halve train.micro_batch and double train.accumulation (same result); set "
+    "work": "cheapest first: halve train.micro_batch and double train.accumulation (same result), which a run with "
+    "train.on_oom = shrink does by itself; set "
     "train.recompute to all; shorten train.seq_len; use an 8-bit optimizer; use method qlora",
     "optimizer": "use an 8-bit or paged optimizer (train.optimizer); lower adapter.rank; adapt fewer layers "
     "(adapter.targets, adapter.layers)",

@@ -7,7 +7,7 @@ again: what the log held of them is dropped.
 import math
 from array import array
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from studio.core.events import (
     PAIR_FIGURES,
@@ -22,6 +22,7 @@ from studio.core.events import (
     RunEvent,
     Sampled,
     Saved,
+    Shrunk,
     Started,
     StepDone,
     Warned,
@@ -144,6 +145,8 @@ class History:
         samples: Held-out answers, in order of steps.
         saved: What lies on disk, in the order of saving.
         warnings: The first thousand of them.
+        shrunk: When it was made smaller, as memory was refused.
+        as_now: How many of the memory readings are from before it was made smaller last.
         paused: Whether the worker waits.
         paused_for: Why it waits without having been asked to: a disk that refuses.
         failed: How the run failed, unless a worker has started since.
@@ -162,6 +165,8 @@ class History:
     samples: list[Sampled] = field(default_factory=list)
     saved: list[Saved] = field(default_factory=list)
     warnings: list[Warned] = field(default_factory=list)
+    shrunk: list[Shrunk] = field(default_factory=list)
+    as_now: int = 0
     paused: bool = False
     paused_for: str = ""
     failed: Failed | None = None
@@ -260,6 +265,11 @@ class History:
                 self.earlier_seconds -= event.shift_seconds or 0.0
                 if len(self.warnings) < _MOST_WARNINGS:
                     self.warnings.append(event)
+            case Shrunk():
+                self.shrunk.append(event)
+                self.as_now = len(self.memory.steps)
+                if self.planned and event.batch_tokens:
+                    self.planned = replace(self.planned, batch_tokens=event.batch_tokens)
             case Paused():
                 self.paused, self.paused_for = event.paused, event.reason if event.paused else ""
             case Failed():
@@ -278,6 +288,7 @@ class History:
         after = event.resumed_from + 1 if event.resumed_from else 0
         self.train.cut_from(after)
         self.memory.cut_from(after)
+        self.as_now = min(self.as_now, len(self.memory.steps))
         self.evals = [kept for kept in self.evals if kept.step < after]
         self.samples = [kept for kept in self.samples if kept.step < after]
         self.saved = [kept for kept in self.saved if kept.step is None or kept.step < after]

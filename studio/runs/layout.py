@@ -89,6 +89,11 @@ class RunPaths:
         return self.root / "identity.json"
 
     @property
+    def shrunk(self) -> Path:
+        """What a training that memory was refused does otherwise than its recipe says; written by the training job."""
+        return self.root / "shrunk.json"
+
+    @property
     def held_out(self) -> Path:
         """Which rows were held out and which were trained on, by content; written by the training job."""
         return self.root / "held_out.json"

@@ -72,6 +72,7 @@ def summary_of(paths: RunPaths, history: History, status: Status, now: float | N
         "left_out": history.planned.left_out if history.planned else {},
         "seconds": _number(history.seconds),
         "peak_bytes": peak_bytes(history),
+        "shrunk": [{"step": event.step, "stage": event.stage, "words": event.words} for event in history.shrunk],
         "warnings": list(dict.fromkeys([*(event.message for event in history.warnings), *troubles(paths)])),
         "failure": _failure(paths, history, status),
         "result": finished.result if finished else {},

@@ -147,6 +147,11 @@ class Worker:
             faulthandler.enable()
         return self
 
+    @property
+    def doing(self) -> Doing:
+        """What the job told last that it is doing."""
+        return self._doing
+
     def emit(self, kind: type[RunEvent], **fields: Any) -> None:
         """Write an event of this kind, stamped with the time.
 

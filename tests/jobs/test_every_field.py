@@ -21,7 +21,7 @@ from studio.core.shape_from_config import shape_from_config
 from studio.core.vram.estimate import estimate_vram
 from studio.core.vram.setup import Setup, setup_of
 from studio.jobs.base import load as base_load
-from studio.jobs.train import job
+from studio.jobs.train import job, loop
 from studio.launch.start import prepare
 from studio.runs import job_process
 from studio.runs.layout import ADAPTER_WEIGHTS, RunPaths
@@ -204,6 +204,7 @@ ROWS: dict[str, Row] = {
     "train.checkpoint_minutes": Row(1e-9, "checkpoints"),
     "train.track": Row(["mlflow"], "tracked"),
     "train.keep_checkpoints": Row(1, "checkpoints left", {"train.checkpoint_every": 1}),
+    "train.on_oom": Row("shrink", "copies"),
     "eval.rows": Row(0, "held out", {"eval.samples": 0}),
     "eval.every": Row(2, "evaluated"),
     "eval.samples": Row(0, "answers"),
@@ -239,7 +240,7 @@ def test_every_field_has_a_row() -> None:
 @pytest.fixture
 def spied(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     """What the job asks of libraries, and of the card, where nothing else of it is seen on a CPU."""
-    asked: dict[str, list[Any]] = {"loaded": [], "checkpointing": [], "compiled": [], "budget": []}
+    asked: dict[str, list[Any]] = {"loaded": [], "checkpointing": [], "compiled": [], "budget": [], "copies": []}
     load, pick = transformers.LlamaForCausalLM.from_pretrained, base_load.class_in
     checkpoint = torch.utils.checkpoint.checkpoint
 
@@ -267,6 +268,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     monkeypatch.setattr(base_load, "class_in", picking)
     monkeypatch.setattr(transformers.modeling_utils, "checkpoint", checkpointing)
     monkeypatch.setattr(torch, "compile", compiling)
+    monkeypatch.setattr(loop.Undo, "drop", lambda self: asked["copies"].append(len(self._weights)))
     monkeypatch.setattr(job, "limit_memory", limiting)
     return asked
 

@@ -26,7 +26,8 @@ def examples(lengths: list[int]) -> list[Example]:
 
 def batches(rows: list[Example], micro_batch: int, accumulation: int, *, by_length: bool = True) -> StepBatches:
     batcher = Batcher(micro_batch, 0, CPU)
-    return StepBatches(rows, batcher, rows_per_step=micro_batch * accumulation, seed=3, by_length=by_length)
+    group = micro_batch * by_length
+    return StepBatches(rows, batcher, rows_per_step=micro_batch * accumulation, seed=3, by_length=group)
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=60), st.integers(1, 5), st.integers(1, 3))

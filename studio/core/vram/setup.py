@@ -9,7 +9,19 @@ from studio.core.gpu_catalogue import Gpu, sixteen_bit
 from studio.core.layer_precision import Table, in_sixteen_bit
 from studio.core.preferences import takes_pairs
 from studio.core.quantised_base import QuantisedBase
-from studio.core.recipe import FIELDS, Attention, Loss, Method, Objective, Optimizer, OrAuto, Recipe, Recompute, Stream
+from studio.core.recipe import (
+    FIELDS,
+    Attention,
+    Loss,
+    Method,
+    Objective,
+    OnOom,
+    Optimizer,
+    OrAuto,
+    Recipe,
+    Recompute,
+    Stream,
+)
 from studio.core.trainable import AdaptedPart
 from studio.core.value_kinds import ALL_LINEAR
 
@@ -54,6 +66,7 @@ class Setup:
         double_quant: Whether the 4-bit scales are quantised again.
         gpus: Data-parallel replicas; each holds everything.
         stream: How many layers' weights wait in main memory. `auto` counts as none until it has been made a number.
+        on_oom: `shrink` copies what is trained during each optimizer's step on a CPU, which may fail half-way there.
     """
 
     engine: ClassVar[Engine] = "studio"
@@ -84,6 +97,7 @@ class Setup:
     double_quant: bool = True
     gpus: int = 1
     stream: Stream = "off"
+    on_oom: OnOom = "stop"
 
     def __hash__(self) -> int:
         return self._hash

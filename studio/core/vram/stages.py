@@ -180,6 +180,7 @@ def standing(shape: ModelShape, loop: Loop, part: AdaptedPart) -> Standing:
     if loop.traits.joins_products and not part.dora:
         # Nor does our product with the pair leave anything to autocast.
         copied = sum(count * elements for count, elements in whole_tensors(shape, part)) - whole
+    undone = trained.weights + state.resident if kind.on_oom == "shrink" and kind.device == "cpu" else 0
     copy = 0
     if part.modules_to_save and loop.copies_whole:
         copy = kind.compute_itemsize * max(elements for _, elements in whole_tensors(shape, part))
@@ -192,7 +193,7 @@ def standing(shape: ModelShape, loop: Loop, part: AdaptedPart) -> Standing:
         resident=state.resident,
         paged=state.paged,
         spared=state.spared,
-        temporary=trained.weights if loop.optimizer_copies else 0,
+        temporary=(trained.weights if loop.optimizer_copies else 0) + undone,
         # Copies that layers keep for their backward are counted there.
         copies=int(
             kind.compute_itemsize * copied * loop.caches_copies * (kind.recomputed_of(shape.layers) / shape.layers)

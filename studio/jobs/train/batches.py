@@ -7,7 +7,7 @@ micro-batches of a step are not. transformers and fairseq do the same; the windo
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -39,10 +39,9 @@ class Batcher:
     packed_tokens: int = 0
     objective: Objective = SUPERVISED
 
-    @property
-    def groups_rows(self) -> bool:
-        """Whether a micro-batch has several rows, of which the short ones are padded."""
-        return self.micro_batch > 1 and not self.packed_tokens
+    def of_rows(self, rows: int) -> "Batcher":
+        """Return the same way with batches of so many rows at most, or so much room for packed ones."""
+        return replace(self, micro_batch=rows, packed_tokens=self.packed_tokens * rows // self.micro_batch)
 
     def groups(self, rows: Sequence[Encoded]) -> list[list[Encoded]]:
         """Return the rows in micro-batches, longest rows first.
@@ -64,6 +63,9 @@ class StepBatches:
 
     Every step gets exactly `rows_per_step` rows (or all, where there are fewer), so that all steps weigh the same. The
     longest row comes first: a run that is too large for the memory fails in step 1.
+
+    Attributes:
+        by_length: Of how many rows the groups of similar length are, in which the rows are ordered; 0 for none.
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class StepBatches:
         *,
         rows_per_step: int,
         seed: int,
-        by_length: bool = False,
+        by_length: int = 0,
     ) -> None:
         """Prepare the order of the rows.
 
@@ -82,7 +84,7 @@ class StepBatches:
             batcher: How rows become batches.
             rows_per_step: Rows of an optimizer step.
             seed: Determines the order.
-            by_length: Whether micro-batches are made of rows of similar length.
+            by_length: Of how many rows the groups of similar length are, in which the rows are ordered; 0 for none.
         """
         self._examples = examples
         if isinstance(examples, StoredExamples):
@@ -95,9 +97,22 @@ class StepBatches:
         self._batcher = batcher
         self._per_step = min(rows_per_step, len(examples))
         self._seed = seed
-        self._by_length = by_length
+        self.by_length = by_length
         # Two epochs, because a step may lie in both. Cached per object, so that it ends with the object.
         self._order = lru_cache(maxsize=2)(self._order_of)
+
+    def cut_by(self, batcher: Batcher) -> None:
+        """Cut the steps into other micro-batches from now on; the rows of each step stay the same."""
+        self._batcher = batcher
+
+    @property
+    def batcher(self) -> Batcher:
+        """How rows become batches now."""
+        return self._batcher
+
+    def largest_tokens(self) -> int:
+        """Return the tokens of the first step's largest micro-batch, padding included: the longest row is in it."""
+        return max(int(self.batch(group)["input_ids"].numel()) for group in self.of_step(1))
 
     def rows_of(self, step: int) -> list[Encoded]:
         """Return the rows of optimizer step `step` (1 is the first)."""
@@ -151,9 +166,9 @@ class StepBatches:
         longest = int(np.argmax(self._lengths[order]))
         if epoch == 0:
             order[0], order[longest] = order[longest], order[0]
-        if not self._by_length:
+        if not self.by_length:
             return order
-        size = self._batcher.micro_batch
+        size = self.by_length
         # Rows of this epoch that complete the micro-batch which the epochs before it have left unfinished.
         lead = -epoch * len(order) % size
         order = group_by_length(order, self._lengths, micro_batch=size, lead=min(lead, len(order)), random=random)

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,8 +33,10 @@ from studio.jobs.train.memory import MemoryWatch
 from studio.jobs.train.objectives import FIGURES, Encoded
 from studio.jobs.train.objectives.pairs import Pairs
 from studio.jobs.train.objectives.preference import log_probability_tokens
+from studio.jobs.train.shrink import Shrinking
 from studio.jobs.train.step_model import StepModel, evaluating
 from studio.runs.disk import disk_words, refuses
+from studio.runs.failure import ran_out_of_memory
 from studio.runs.held_out import RowLosses, keep_losses_before, read_record
 from studio.runs.watch import read_history
 from studio.runs.worker import Worker
@@ -60,6 +63,7 @@ class Between:
         batcher: How held-out rows become batches: as training's do.
         total_steps: The last step of the run.
         autocast: Maker of the arithmetic's context, for the answers.
+        shrinking: Repeats in a smaller form what was refused memory.
         sleep: Waits a number of seconds while the run is paused.
         last_eval: The newest held-out loss per token, in nats; None before the first evaluation.
         before: Each held-out row's loss before the first step; None where it is not known.
@@ -81,6 +85,7 @@ class Between:
     batcher: Batcher
     total_steps: int
     autocast: Callable[[], Any]
+    shrinking: Shrinking
     sleep: Callable[[float], None] = time.sleep
     last_eval: float | None = None
     before: RowLosses | None = None
@@ -127,12 +132,7 @@ class Between:
         self.tell("evaluating", 0.0)
         began = time.perf_counter()
         try:
-            seen, figures = held_out_losses(
-                self.step_model,
-                self.held_out,
-                batcher=self.batcher,
-                progress=self._evaluating,
-            )
+            seen, figures = self.shrinking.attempt(self._held_out_losses, self.shrinking.evaluations)
         except Cancelled:
             return
         tokens = sum(seen.tokens)
@@ -151,6 +151,9 @@ class Between:
         self._doubt(step, figures)
         self.memory.see("eval", step)
         self.tell("training")
+
+    def _held_out_losses(self) -> tuple[RowLosses, dict[str, float]]:
+        return held_out_losses(self.step_model, self.held_out, batcher=self.batcher, progress=self._evaluating)
 
     def _gain(self, step: int, seen: RowLosses) -> Interval | None:
         """Return how far the held-out loss lies above the one before the first step, negative where it fell.
@@ -190,17 +193,20 @@ class Between:
             if self.stopping:
                 return
             self.tell("answering", index / len(self.prompts))
-            text = answer(
-                model,
-                self.tokenizer,
-                prompt,
-                new_tokens=self.recipe.eval.sample_tokens,
-                autocast=self.autocast,
-                cancelled=lambda: self.stopping,
-            )
+            text = self.shrinking.attempt(partial(self._answer, model, prompt), self.shrinking.answers)
             if self.stopping:
                 return
             self.worker.emit(Sampled, step=step, index=index, prompt=prompt.text, answer=text, expected=prompt.expected)
+
+    def _answer(self, model: nn.Module, prompt: Prompt) -> str:
+        return answer(
+            model,
+            self.tokenizer,
+            prompt,
+            new_tokens=self.recipe.eval.sample_tokens,
+            autocast=self.autocast,
+            cancelled=lambda: self.stopping,
+        )
 
     def checkpoint(self, state: TrainState) -> bool:
         """Save a checkpoint. If the disk is full, only the checkpoint is lost: a warning says so and training goes on.
@@ -211,22 +217,27 @@ class Between:
         self.tell("saving a checkpoint")
         folder = self.worker.paths.checkpoints
         try:
-            path = save_checkpoint(
-                folder,
-                self.step_model.model,
-                self.optimizer,
-                state,
-                keep=self.recipe.train.keep_checkpoints,
-                initial=self.initial,
+            path = self.shrinking.attempt(
+                lambda: save_checkpoint(
+                    folder,
+                    self.step_model.model,
+                    self.optimizer,
+                    state,
+                    keep=self.recipe.train.keep_checkpoints,
+                    initial=self.initial,
+                ),
+                self.shrinking.once,
             )
         except Exception as error:
-            if not (refuses(error) or isinstance(error, (OSError, StudioError))):
+            full = self.shrinking.on and ran_out_of_memory(error)
+            if not (full or refuses(error) or isinstance(error, (OSError, StudioError))):
                 raise
+            what = "memory" if full else "disk space"
             self.worker.emit(
                 Warned,
                 topic="checkpoint",
                 message=f"the checkpoint of step {state.step} could not be saved ({disk_words(error)}); training "
-                "goes on. Free disk space; an earlier checkpoint, if there is one, is untouched",
+                f"goes on. Free {what}; an earlier checkpoint, if there is one, is untouched",
             )
             return False
         finally:
@@ -249,7 +260,10 @@ class Between:
         self.tell("saving the adapter")
         size = self.worker.patiently(
             "the adapter cannot be saved",
-            lambda: save_adapter(self.step_model.model, self.tokenizer, folder, self.initial),
+            lambda: self.shrinking.attempt(
+                lambda: save_adapter(self.step_model.model, self.tokenizer, folder, self.initial),
+                self.shrinking.once,
+            ),
         )
         self.worker.emit(Saved, what="adapter", path=folder.name, step=step, size_bytes=size)
         self.memory.see("save", step)

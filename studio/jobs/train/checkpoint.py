@@ -76,7 +76,7 @@ def save_checkpoint(
             save_file(dict(initial), scratch / INITIAL_TENSORS)
         tensors, numbers = _flatten(optimizer.state_dict()["state"])
         save_file(_on_host(tensors), scratch / _OPTIMIZER)
-        save_file(_random_state(), scratch / _RANDOM)
+        save_file(random_state(), scratch / _RANDOM)
         write_whole(scratch / _STATE, json.dumps({"train": asdict(state), "optimizer": numbers}))
         files = {path.name: file_stamp(path) for path in sorted(scratch.iterdir())}
         write_whole(scratch / MARKER, json.dumps({"step": state.step, "files": files}))
@@ -108,7 +108,7 @@ def load_checkpoint(path: Path, model: PeftModel, optimizer: torch.optim.Optimiz
     # Parameter groups are this run's own: the loop sets their learning rate before every step.
     tables = optimizer.state_dict()
     restore_state(optimizer, {**tables, "state": _unflatten(load_file(path / _OPTIMIZER), saved["optimizer"])})
-    _restore_random(load_file(path / _RANDOM))
+    restore_random(load_file(path / _RANDOM))
     return TrainState(**saved["train"])
 
 
@@ -145,14 +145,16 @@ def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
 
 
-def _random_state() -> dict[str, Tensor]:
+def random_state() -> dict[str, Tensor]:
+    """Return the state of torch's random numbers, by device."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states |= {f"cuda{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
     return states
 
 
-def _restore_random(states: dict[str, Tensor]) -> None:
+def restore_random(states: dict[str, Tensor]) -> None:
+    """Set the state of torch's random numbers, as `random_state` returned it; devices that are gone are passed over."""
     torch.set_rng_state(states["cpu"])
     for name, state in states.items():
         if name != "cpu" and torch.cuda.is_available() and int(name[4:]) < torch.cuda.device_count():

@@ -40,6 +40,7 @@ from studio.jobs.train.optimizer import optimizer_of
 from studio.jobs.train.packing import batcher_for, why_padded
 from studio.jobs.train.read_rows import Rows, check_fit, read_rows, tokenizer_of
 from studio.jobs.train.reference import with_reference
+from studio.jobs.train.shrink import Shrinking, free_memory
 from studio.jobs.train.step_model import StepModel
 from studio.jobs.train.streamed_proof import prove_streaming
 from studio.jobs.train.trainable_model import stream_base, trainable_model
@@ -95,24 +96,36 @@ def train_run(worker: Worker, recipe: Recipe, objective: Objective | None = None
             damaged and the user has not agreed to start over.
     """
     worker.patient = True  # a full disk makes the run wait: hours of training would be lost otherwise
-    going_on = asked_resumption(worker.paths)
+    shrinking = Shrinking(worker, recipe)
     TrainingWatch(worker)
-    try:
-        run(prepare(worker, recipe, objective or objective_of(recipe), going_on))
-    except Cancelled:  # before the first step; once training, a stop ends the loop instead
-        worker.emit(Finished, outcome="stopped", step=going_on.step, seconds=0.0)
-    except JobFailed as failure:
-        raise way_back(failure, worker) from failure
+    while True:
+        going_on = asked_resumption(worker.paths)
+        try:
+            run(prepare(worker, recipe, objective or objective_of(recipe), going_on, shrinking))
+        except Cancelled:  # before the first step; once training, a stop ends the loop instead
+            worker.emit(Finished, outcome="stopped", step=going_on.step, seconds=0.0)
+            return
+        except JobFailed as failure:
+            raise way_back(failure, worker) from failure
+        except Exception as error:
+            if not shrinking.loads_again(error):
+                raise
+        else:
+            return
+        free_memory()
 
 
-def prepare(worker: Worker, recipe: Recipe, objective: Objective, going_on: Resumption) -> Training:
+def prepare(
+    worker: Worker, asked: Recipe, objective: Objective, going_on: Resumption, shrinking: Shrinking
+) -> Training:
     """Read the data, load the model, compare its losses and emit what will be trained.
 
     Args:
         worker: Of the run.
-        recipe: All settings of the training.
+        asked: All settings of the training, as the run was asked for.
         objective: What is learnt from the rows.
         going_on: The checkpoint to continue after, if there is one.
+        shrinking: Says in which form it runs now.
 
     Raises:
         JobFailed: Something of the user's cannot be used.
@@ -121,7 +134,8 @@ def prepare(worker: Worker, recipe: Recipe, objective: Objective, going_on: Resu
     """
     checkpoint, first = going_on.checkpoint, read_identity(worker.paths)
     date = first_date(worker.paths) or datetime.now().replace(microsecond=0)
-    _begin(worker, recipe, going_on, first, date)
+    _begin(worker, asked, going_on, first, date)
+    recipe = shrinking.recipe
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     device = _device(worker, recipe)
     precision = _precision(worker, recipe, device)
@@ -168,16 +182,17 @@ def prepare(worker: Worker, recipe: Recipe, objective: Objective, going_on: Resu
     if checkpoint:
         state = load_checkpoint(checkpoint, model, optimizer)
         scaler.load_state_dict(state.scaler)
+    by_length = _rows_of_like_length(asked, first)
     batcher = batcher_for(
         recipe.train.packing,
         step_model,
-        lambda way: _batches(recipe, rows, way).typical_rows(),
+        lambda way: _batches(recipe, rows, way, by_length).typical_rows(),
         padded,
         seq_len=recipe.train.seq_len,
         before=state.packed if state else None,
         tell=tell,
     )
-    batches = _batches(recipe, rows, batcher)
+    batches = _batches(recipe, rows, batcher, by_length)
     _say_padding(worker, tell, recipe, rows, (batches, batcher, step_model))
     total = total_steps_of(
         steps=recipe.train.steps,
@@ -187,22 +202,22 @@ def prepare(worker: Worker, recipe: Recipe, objective: Objective, going_on: Resu
     )
     if needs_reference(objective):
         rows = with_reference(worker, tell, step_model, rows, seen=batches.seen_by(total), batcher=batcher)
-        batches = _batches(recipe, rows, batcher)
-    worker.emit(
-        Planned,
-        total_steps=total,
-        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        rows=len(rows.train),
-        held_out_rows=len(rows.held_out),
-        left_out=dict(rows.left_out),
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        card=card_used(device),
-        dtype=precision.name,
-        loss_path=step_model.loss_path,
-        batch_tokens=max(batches.batch(group)["input_ids"].numel() for group in batches.of_step(1)),
-        four_bit_share=held.four_bit_share,
-        kept_16bit_bytes=held.kept_16bit_bytes,
-    )
+        batches = _batches(recipe, rows, batcher, by_length)
+    planned: dict[str, Any] = {
+        "total_steps": total,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "rows": len(rows.train),
+        "held_out_rows": len(rows.held_out),
+        "left_out": dict(rows.left_out),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "card": card_used(device),
+        "dtype": precision.name,
+        "loss_path": step_model.loss_path,
+        "batch_tokens": batches.largest_tokens(),
+        "four_bit_share": held.four_bit_share,
+        "kept_16bit_bytes": held.kept_16bit_bytes,
+    }
+    worker.emit(Planned, **planned)
     between = Between(
         worker=worker,
         tell=tell,
@@ -213,9 +228,10 @@ def prepare(worker: Worker, recipe: Recipe, objective: Objective, going_on: Resu
         held_out=rows.held_out,
         prompts=rows.prompts,
         memory=memory,
-        batcher=batcher,
+        batcher=shrinking.evaluates_by(batcher),
         total_steps=total,
         autocast=precision.autocast,
+        shrinking=shrinking,
         initial=initial,
     )
     loop = LoopParts(
@@ -227,8 +243,10 @@ def prepare(worker: Worker, recipe: Recipe, objective: Objective, going_on: Resu
         memory=memory,
         emit=worker.emit,
         steadier=steadier_format(precision, device),
+        shrinking=shrinking,
     )
     new = TrainState(step=0, tokens=0, seconds=0.0, scaler={}, packed=batcher.packed_tokens > 0)
+    shrinking.begin(batches, between, state or new, Planned(at=time.time(), **planned))
     return Training(loop, between, state or new, resumed=state is not None, streamed=streamed)
 
 
@@ -320,23 +338,29 @@ def _compile(between: Between, loop: LoopParts, step: int) -> None:
         between.worker.emit(Warned, topic="compile", message=message)
 
 
-def _batches(recipe: Recipe, rows: Rows, batcher: Batcher) -> StepBatches:
+def _batches(recipe: Recipe, rows: Rows, batcher: Batcher, by_length: int) -> StepBatches:
     return StepBatches(
         rows.train,
         batcher,
         rows_per_step=recipe.rows_per_step,
         seed=recipe.train.seed,
-        by_length=_by_length(recipe, batcher),
+        by_length=by_length,
     )
 
 
-def _by_length(recipe: Recipe, batcher: Batcher) -> bool:
-    """Return whether micro-batches are made of rows of similar length.
+def _rows_of_like_length(recipe: Recipe, first: Identity) -> int:
+    """Return of how many rows the groups of similar length are in which the rows are ordered; 0 for none.
 
     That follows from the recipe alone, never from a measurement (so not with packing `auto`): otherwise two runs of one
-    recipe could see different rows at a step, and a race between two methods would compare orders.
+    recipe could see different rows at a step, and a race between two methods would compare orders. It is the
+    micro-batch that the run began with: a resume with another one sees the same rows at each step.
     """
-    return recipe.train.group_by_length and recipe.train.packing == "off" and batcher.groups_rows
+    if not recipe.train.group_by_length or recipe.train.packing != "off":
+        return 0
+    began = first.recipe.get("train")
+    rows = began.get("micro_batch") if isinstance(began, dict) else None
+    rows = rows if isinstance(rows, int) else recipe.train.micro_batch
+    return rows if rows > 1 else 0
 
 
 def _say_padding(
@@ -349,7 +373,7 @@ def _say_padding(
     batches, batcher, step_model = made
     if recipe.train.packing == "on" and not batcher.packed_tokens:
         worker.emit(Warned, topic="packing", message=f"rows are padded, not packed: {why_padded(step_model.causal)}")
-    if _by_length(recipe, batcher):
+    if batches.by_length and recipe.train.micro_batch > 1:
         plain = StepBatches(rows.train, batcher, rows_per_step=recipe.rows_per_step, seed=recipe.train.seed)
         detail = f"{batches.padding_share():.1%} of the tokens are padding, {plain.padding_share():.1%} without"
         tell("grouping rows by length", detail=detail)

@@ -7,6 +7,8 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,11 +17,12 @@ from studio.core.events import PAIR_FIGURES, StepDone, Warned
 from studio.core.recipe import TrainSection
 from studio.core.schedule import learning_rate_at
 from studio.jobs.train.batches import StepBatches
-from studio.jobs.train.checkpoint import TrainState
+from studio.jobs.train.checkpoint import TrainState, random_state, restore_random
 from studio.jobs.train.guards import MovementGuard, check_gradient, check_labels, check_loss
 from studio.jobs.train.memory import MemoryWatch
 from studio.jobs.train.objectives import FIGURES, Encoded
 from studio.jobs.train.optimizer import set_learning_rate
+from studio.jobs.train.shrink import Shrinking
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,7 @@ class LoopParts:
         emit: Gets the events.
         backward: Goes backward from a scaled loss.
         steadier: Advice that names a number format of wider range; empty where there is none.
+        shrinking: Repeats a step in a smaller form where its memory was refused; None lets it fail.
     """
 
     step_model: nn.Module
@@ -47,6 +51,7 @@ class LoopParts:
     emit: Callable[..., None]
     backward: Callable[[torch.Tensor], None] = field(default=lambda loss: loss.backward())
     steadier: str = ""
+    shrinking: Shrinking | None = None
 
 
 def train(
@@ -64,17 +69,15 @@ def train(
     Raises:
         JobFailed: A guard fired (see `guards`): going on would be useless.
     """
-    trainable = [p for p in parts.step_model.parameters() if p.requires_grad]
     movement = MovementGuard(
         parts.step_model, warn=lambda message: parts.emit(Warned, topic="adapter", message=message)
     )
     first, skipped = state.step + 1, 0
+    shrinking = parts.shrinking if parts.shrinking is not None and parts.shrinking.on else None
+    undo = Undo(parts) if shrinking else None
     parts.step_model.train()
     for step in range(first, total_steps + 1):
         began = time.perf_counter()
-        micro_batches = parts.batches.of_step(step)
-        labelled = sum(map(parts.batches.denominator, micro_batches))
-        check_labels(labelled, step)
         rate = learning_rate_at(
             step,
             total_steps=total_steps,
@@ -83,46 +86,28 @@ def train(
             warmup_fraction=section.warmup_fraction,
         )
         set_learning_rate(parts.optimizer, rate)
-
-        loss = torch.zeros((), device=parts.device)
-        of_pairs = list[torch.Tensor]()
-        for rows in micro_batches:
-            # Divided by the labels of the whole step, not of the micro-batch: the parts then add up to one mean over
-            # the step, however its rows are cut into micro-batches.
-            part = _loss_of(parts, rows, of_pairs) / labelled
-            parts.backward(parts.scaler.scale(part))
-            loss += part.detach()
-        # Unscaled before clipping: the limit is meant for true gradients.
-        parts.scaler.unscale_(parts.optimizer)
-        # Without a limit nothing is clipped, but the norm is still wanted.
-        limit = section.max_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(trainable, limit)
-        # Both are read at once: a card is waited for one time a step.
-        loss_value, grad_norm = map(float, torch.stack([loss, norm.to(loss.dtype)]).cpu())
-        check_loss(loss_value, step, parts.steadier)
-        skipped = 0 if math.isfinite(grad_norm) else skipped + 1
-        check_gradient(grad_norm, step, skipped, scaled=parts.scaler.is_enabled(), steadier=parts.steadier)
-        if step == first:
-            # A new optimizer makes its state in its first step: only here is the backward pass seen without it.
-            parts.memory.see("backward", step)
-        if not skipped:  # the scaler skips a step with a gradient that is not finite: the adapter cannot move in it
-            movement.see_gradients()
-        parts.scaler.step(parts.optimizer)
+        # A new optimizer makes its state in its first step: only there is the backward pass seen without it.
+        work = partial(_take, parts, section, step, movement, skipped=skipped, undo=undo, first=step == first)
+        if shrinking is not None and undo is not None:
+            undo.mark()
+            taken = shrinking.attempt(work, shrinking.steps, undo)
+        else:
+            taken = work()
+        skipped = taken.skipped
         parts.scaler.update()
         parts.optimizer.zero_grad(set_to_none=True)
 
         seconds = time.perf_counter() - began
-        seen = sum(len(example.input_ids) for rows in micro_batches for example in rows)
         parts.emit(
             StepDone,
             step=step,
-            loss=loss_value,
+            loss=taken.loss,
             learning_rate=rate,
-            grad_norm=grad_norm,
-            tokens=seen,
+            grad_norm=taken.grad_norm,
+            tokens=taken.tokens,
             seconds=seconds,
-            loss_tokens=labelled,
-            **mean_figures(of_pairs),
+            loss_tokens=taken.labelled,
+            **taken.figures,
         )
         if not skipped:
             movement.after_step(step)
@@ -130,13 +115,146 @@ def train(
         state = replace(
             state,
             step=step,
-            tokens=state.tokens + seen,
+            tokens=state.tokens + taken.tokens,
             seconds=state.seconds + seconds,
             scaler=dict(parts.scaler.state_dict()),
         )
+        if shrinking is not None:
+            shrinking.state = state
         if between(state):
             break
     return state
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """What a step showed.
+
+    Attributes:
+        loss: Its mean loss.
+        grad_norm: Before clipping.
+        tokens: Real tokens.
+        labelled: What its loss was divided by.
+        figures: Of pairs.
+        skipped: How many steps in a row had no finite gradient, this one included.
+    """
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    labelled: int
+    figures: dict[str, float]
+    skipped: int
+
+
+def _take(
+    parts: LoopParts,
+    section: TrainSection,
+    step: int,
+    movement: MovementGuard,
+    *,
+    skipped: int,
+    undo: "Undo | None",
+    first: bool,
+) -> _Taken:
+    """Take a step: forward and backward of all its rows, and the optimizer."""
+    micro_batches = parts.batches.of_step(step)
+    labelled = sum(map(parts.batches.denominator, micro_batches))
+    check_labels(labelled, step)
+    loss = torch.zeros((), device=parts.device)
+    of_pairs = list[torch.Tensor]()
+    for rows in micro_batches:
+        # Divided by the labels of the whole step, not of the micro-batch: the parts then add up to one mean over
+        # the step, however its rows are cut into micro-batches.
+        part = _loss_of(parts, rows, of_pairs) / labelled
+        parts.backward(parts.scaler.scale(part))
+        loss += part.detach()
+    # Unscaled before clipping: the limit is meant for true gradients.
+    parts.scaler.unscale_(parts.optimizer)
+    # Without a limit nothing is clipped, but the norm is still wanted.
+    limit = section.max_grad_norm or math.inf
+    norm = torch.nn.utils.clip_grad_norm_([p for p in parts.step_model.parameters() if p.requires_grad], limit)
+    # Both are read at once: a card is waited for one time a step.
+    loss_value, grad_norm = map(float, torch.stack([loss, norm.to(loss.dtype)]).cpu())
+    check_loss(loss_value, step, parts.steadier)
+    skipped = 0 if math.isfinite(grad_norm) else skipped + 1
+    check_gradient(grad_norm, step, skipped, scaled=parts.scaler.is_enabled(), steadier=parts.steadier)
+    if first:
+        parts.memory.see("backward", step)
+    if not skipped:  # the scaler skips a step with a gradient that is not finite: the adapter cannot move in it
+        movement.see_gradients()
+    figures = mean_figures(of_pairs)
+    tokens = sum(len(example.input_ids) for rows in micro_batches for example in rows)
+    if undo is not None:
+        undo.keep()
+    parts.scaler.step(parts.optimizer)
+    if undo is not None:
+        undo.drop()
+    return _Taken(loss_value, grad_norm, tokens, labelled, figures, skipped)
+
+
+class Undo:
+    """Takes back a step that was begun: gradients, weights, optimizer, scaler and random state.
+
+    An optimizer that is refused memory may have changed some weights. So they and its state are copied before it begins
+    and dropped after it. On a card only the first step is copied: there the state is allocated, and all later steps
+    write in place.
+    """
+
+    def __init__(self, parts: LoopParts) -> None:
+        """Prepare to take back steps of these parts."""
+        self._trained = [parameter for parameter in parts.step_model.parameters() if parameter.requires_grad]
+        self._optimizer: Any = parts.optimizer
+        self._scaler = parts.scaler
+        self._weights: list[torch.Tensor] = []
+        self._state: dict[Any, dict[str, Any]] = {}
+        self._random = random_state()
+
+    def mark(self) -> None:
+        """Note the random state with which the step begins."""
+        self._random = random_state()
+
+    def keep(self) -> None:
+        """Copy what the optimizer will change.
+
+        Raises:
+            Exception: Memory is refused; nothing was changed.
+        """
+        if self._optimizer.state and self._trained[0].device.type == "cuda":
+            return
+        self._state = {
+            parameter: {name: _copied(value) for name, value in entries.items()}
+            for parameter, entries in self._optimizer.state.items()
+        }
+        self._weights = [parameter.detach().to("cpu", copy=True) for parameter in self._trained]
+
+    def drop(self) -> None:
+        """Let go of the copies."""
+        self._weights, self._state = [], {}
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        """Take back what has been done since `mark`."""
+        if self._weights:
+            for parameter, weight in zip(self._trained, self._weights, strict=True):
+                parameter.copy_(weight)
+            for parameter in list(self._optimizer.state):
+                if parameter in self._state:
+                    self._optimizer.state[parameter] = self._state[parameter]
+                else:
+                    del self._optimizer.state[parameter]
+        self.drop()
+        self._optimizer.zero_grad(set_to_none=True)
+        # What `unscale_` noted, and `update` would forget, which a failed step does not reach.
+        vars(self._scaler).get("_per_optimizer_states", {}).clear()
+        restore_random(self._random)
+
+
+def _copied(value: Any) -> Any:
+    """Return a copy of an entry of an optimizer's state; bitsandbytes has tables within."""
+    if isinstance(value, dict):
+        return {name: _copied(inner) for name, inner in value.items()}
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
 def _loss_of(parts: LoopParts, rows: Sequence[Encoded], figures: list[torch.Tensor]) -> torch.Tensor:

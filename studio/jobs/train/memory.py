@@ -69,9 +69,11 @@ class MemoryWatch:
 
     def see(self, stage: str, step: int) -> None:
         """Read all counters, in bytes, and emit them under a stage's name."""
-        self._emit(
-            MemorySeen, stage=stage, step=step, **(self._cuda() if self._device.type == "cuda" else self._host())
-        )
+        self._emit(MemorySeen, stage=stage, step=step, **self.held())
+
+    def held(self) -> dict[str, int | None]:
+        """Return all counters, in bytes, by the names that `MemorySeen` has for them."""
+        return self._cuda() if self._device.type == "cuda" else self._host()
 
     def _cuda(self) -> dict[str, int | None]:
         readings: dict[str, int | None] = {
