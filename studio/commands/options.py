@@ -12,6 +12,17 @@ if TYPE_CHECKING:
     from studio.core.columns import Pairs
 
 
+def add_restarts(parser: argparse.ArgumentParser) -> None:
+    """Declare `--restarts`."""
+    parser.add_argument(
+        "--restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="resume by itself, N times at most, after a crash (a signal, full memory of the machine, a lost card)",
+    )
+
+
 def add_runs_dir(parser: argparse.ArgumentParser) -> None:
     """Add `--runs-dir`."""
     parser.add_argument(

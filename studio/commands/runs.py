@@ -3,7 +3,7 @@
 import argparse
 import importlib
 
-from studio.commands.options import add_json, add_run, add_runs_dir
+from studio.commands.options import add_json, add_restarts, add_run, add_runs_dir
 
 _VERBS = {
     "list": ("all runs, newest first", "runs_list", "list_all"),
@@ -59,6 +59,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
                 help="go back to the checkpoint of this step, also in a finished run; later ones are renamed",
             )
             parser.add_argument("--queue", action="store_true", help="wait in the queue until its card is free")
+            add_restarts(parser)
         if verb == "note":
             parser.add_argument("text", nargs="?", help='the words; "" takes the note away; none shows it')
         add_json(parser)

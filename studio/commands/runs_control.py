@@ -119,6 +119,7 @@ def resume_run(args: argparse.Namespace) -> int:
         from_start=args.from_start,
         step=args.checkpoint,
         queue=args.queue,
+        restarts=args.restarts,
     )
     if args.detach:
         _answer(args, paths, run_status(paths), f"goes on; follow it with: lora-studio runs attach {paths.name}")

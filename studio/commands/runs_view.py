@@ -125,6 +125,7 @@ def _facts(summary: dict[str, Any]) -> dict[str, str]:
         **_pair_facts(summary["pairs"]),
         "speed": (summary["tokens_per_second"], f"{number(summary['tokens_per_second'], ',.0f')} tokens/s"),
         "memory": (summary["peak_bytes"], f"peak {size(summary['peak_bytes'])}"),
+        "restarts": (summary["guard"], _restarts(summary["guard"])),
         "shrunk": (summary["shrunk"] or None, shrunk_in_words(summary["shrunk"])),
         "rows": (summary["left_out"] or None, left_out_in_words(summary["left_out"])),
         "adapter": (trains or None, summary["adapter"] or "none"),
@@ -147,11 +148,16 @@ def shrunk_in_words(shrunk: Sequence[Mapping[str, Any]]) -> str:
     return "; ".join(f"after step {one['step']}: {one['words']}" for one in shrunk)
 
 
+def _restarts(guard: Mapping[str, Any] | None) -> str:
+    return f"{guard['used']} of {guard['times']} used" if guard else ""
+
+
 def _waits(summary: dict[str, Any]) -> str:
     """Return what a live run waits for; empty for one that works."""
     silent = summary["silent_seconds"]
     silence = f"nothing was heard of it for {duration(silent)}" if silent else ""
-    return summary["queued"] or summary["paused_for"] or silence
+    guard = summary["guard"]
+    return (guard["words"] if guard else "") or summary["queued"] or summary["paused_for"] or silence
 
 
 def _pair_facts(pairs: dict[str, Any] | None) -> dict[str, tuple[Any, str]]:

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from studio.commands.follow import conclude, follow
-from studio.commands.options import add_json, add_runs_dir, add_set, root_of
+from studio.commands.options import add_json, add_restarts, add_runs_dir, add_set, root_of
 from studio.commands.recipe_flags import add_recipe_flags, settings_of
 from studio.commands.terminal import DONE, WaitLine, asked, say, write_json
 from studio.core.errors import StudioError
@@ -33,6 +33,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--data", metavar="FILE", help="a file or folder of rows, owner/name of the hub, or: embedded")
     add_recipe_flags(parser)
     parser.add_argument("--queue", action="store_true", help="wait in the queue until the card is free")
+    add_restarts(parser)
     parser.add_argument("--detach", action="store_true", help="return as soon as the worker runs")
     add_set(parser)
     add_json(parser)
@@ -59,7 +60,13 @@ def run(args: argparse.Namespace) -> int:
 
     with WaitLine("reading the data", sys.stderr) as reading:
         paths = start(
-            recipe, root_of(args), module=args.modules.get("train"), on_checked=checked, queue=queued, progress=reading
+            recipe,
+            root_of(args),
+            module=args.modules.get("train"),
+            on_checked=checked,
+            queue=queued,
+            restarts=args.restarts,
+            progress=reading,
         )
     say(f"run {paths.name} in {plain(str(paths.root), one_line=True)}", to=to)
     watch = RunWatch(paths)

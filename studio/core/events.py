@@ -215,6 +215,16 @@ class Shrunk(RunEvent):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Restarted(RunEvent):
+    """The run goes on by itself after a crash (`--restarts`), for the `number`th time of `of`; `because` says why."""
+
+    kind: ClassVar[str] = "Restarted"
+    number: int
+    of: int
+    because: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Paused(RunEvent):
     """The job waits between two steps (`paused` true) or goes on (`paused` false).
 
@@ -271,6 +281,7 @@ KINDS: dict[str, type[RunEvent]] = {
         Saved,
         Warned,
         Shrunk,
+        Restarted,
         Paused,
         Failed,
         Finished,

@@ -35,6 +35,7 @@ def start(
     plan: Mapping[str, Any] | None = None,
     on_checked: Callable[[Checked[J]], None] = lambda checked: None,
     queue: Callable[[Checked[J]], bool] = lambda checked: False,
+    restarts: int = 0,
     progress: Progress = lambda done, total: None,
     **launching: Any,
 ) -> RunPaths:
@@ -48,6 +49,7 @@ def start(
         plan: The memory estimate, kept in the run; None takes the one that the check made.
         on_checked: Gets the checked job and its notes, before anything is written.
         queue: Asked next: whether the run waits in the queue until a card is free, instead of starting at once.
+        restarts: How often the run is resumed by itself after a crash of its process.
         progress: Told (done, total) of data that are downloaded or read for the check; may raise to end it.
         launching: Further arguments of `studio.runs.supervise.launch`.
 
@@ -67,7 +69,10 @@ def start(
         except (StudioError, OSError):
             shutil.rmtree(paths.root, ignore_errors=True)
             raise
-    return _launch(paths, module or kind.module, checked.place, launching)
+    _launch(paths, module or kind.module, checked.place, launching)
+    if restarts > 0:
+        supervise.start_guard(paths, restarts, module or "", launching.get("environment"))
+    return paths
 
 
 def prepare(job: Job, runs_root: Path, now: float, plan: Mapping[str, Any] | None = None) -> RunPaths:
@@ -133,6 +138,7 @@ def resume(
     from_start: bool = False,
     step: int | None = None,
     queue: bool = False,
+    restarts: int = 0,
     **launching: Any,
 ) -> supervise.Handle:
     """Start a worker in the folder of a run that was stopped, failed or crashed, on the card that it ran on.
@@ -143,6 +149,7 @@ def resume(
         from_start: Whether training may start over where no checkpoint is whole.
         step: The step of the checkpoint after which it goes on; None for the newest whole one.
         queue: Whether it waits until its card is free.
+        restarts: How often it is resumed by itself after a further crash; for a training.
         launching: Further arguments of `studio.runs.supervise.launch`.
 
     Raises:
@@ -165,9 +172,12 @@ def resume(
         )
     before = (lambda: join(paths, places_for(Checked(job, place)))) if queue else None
     placed = _placed(launching, place)
-    return supervise.resume(
+    handle = supervise.resume(
         paths, module=module or kind.module, from_start=from_start, step=step, before=before, **placed
     )
+    if restarts > 0:
+        supervise.start_guard(paths, restarts, module or "", launching.get("environment"))
+    return handle
 
 
 def _launch(paths: RunPaths, module: str, place: Place, launching: Mapping[str, Any]) -> RunPaths:

@@ -19,6 +19,7 @@ from studio.core.events import (
     Paused,
     Phase,
     Planned,
+    Restarted,
     RunEvent,
     Sampled,
     Saved,
@@ -146,6 +147,7 @@ class History:
         saved: What lies on disk, in the order of saving.
         warnings: The first thousand of them.
         shrunk: When it was made smaller, as memory was refused.
+        restarted: When it went on by itself after a crash.
         as_now: How many of the memory readings are from before it was made smaller last.
         paused: Whether the worker waits.
         paused_for: Why it waits without having been asked to: a disk that refuses.
@@ -166,6 +168,7 @@ class History:
     saved: list[Saved] = field(default_factory=list)
     warnings: list[Warned] = field(default_factory=list)
     shrunk: list[Shrunk] = field(default_factory=list)
+    restarted: list[Restarted] = field(default_factory=list)
     as_now: int = 0
     paused: bool = False
     paused_for: str = ""
@@ -265,11 +268,8 @@ class History:
                 self.earlier_seconds -= event.shift_seconds or 0.0
                 if len(self.warnings) < _MOST_WARNINGS:
                     self.warnings.append(event)
-            case Shrunk():
-                self.shrunk.append(event)
-                self.as_now = len(self.memory.steps)
-                if self.planned and event.batch_tokens:
-                    self.planned = replace(self.planned, batch_tokens=event.batch_tokens)
+            case Shrunk() | Restarted():
+                self._take_mended(event)
             case Paused():
                 self.paused, self.paused_for = event.paused, event.reason if event.paused else ""
             case Failed():
@@ -280,6 +280,15 @@ class History:
                 pass  # of use only to a resume, which reads the first one in the log
             case _:
                 self.unknown += 1
+
+    def _take_mended(self, event: Shrunk | Restarted) -> None:
+        if isinstance(event, Restarted):
+            self.restarted.append(event)
+            return
+        self.shrunk.append(event)
+        self.as_now = len(self.memory.steps)
+        if self.planned and event.batch_tokens:
+            self.planned = replace(self.planned, batch_tokens=event.batch_tokens)
 
     def _start(self, event: Started) -> None:
         """Begin with a new worker: it does the steps after its checkpoint again, so those of before are dropped."""

@@ -94,6 +94,11 @@ class RunPaths:
         return self.root / "shrunk.json"
 
     @property
+    def restarts(self) -> Path:
+        """How often a guard has restarted the run after a crash; written by the guard."""
+        return self.root / "restarts.json"
+
+    @property
     def held_out(self) -> Path:
         """Which rows were held out and which were trained on, by content; written by the training job."""
         return self.root / "held_out.json"

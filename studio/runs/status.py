@@ -11,6 +11,7 @@ from studio.runs.layout import RunPaths
 from studio.runs.lock import lock_held
 from studio.runs.log_parts import LogEnd, log_tail
 from studio.runs.process import ProcessMark, is_alive, is_here, read_mark
+from studio.runs.restarts import read_guard
 
 _MOMENT_SECONDS = 30.0
 """How long a new folder counts as starting though no process is known for it."""
@@ -21,6 +22,7 @@ class Status(StrEnum):
 
     starting = "starting"
     queued = "queued"
+    restarting = "restarting"
     running = "running"
     paused = "paused"
     stopping = "stopping"
@@ -32,17 +34,27 @@ class Status(StrEnum):
     @property
     def live(self) -> bool:
         """Whether a process works on the run, or is about to."""
-        return self in (Status.starting, Status.queued, Status.running, Status.paused, Status.stopping)
+        return self not in (Status.finished, Status.stopped, Status.failed, Status.crashed)
 
 
-def run_status(paths: RunPaths, *, now: float | None = None, tail: LogEnd | None = None) -> Status:
+def run_status(
+    paths: RunPaths, *, now: float | None = None, tail: LogEnd | None = None, guarded: bool = True
+) -> Status:
     """Return how the run stands.
 
     Args:
         paths: The run.
         now: Unix seconds, by which a folder that was made a moment ago is known; None asks the clock.
         tail: The end of the run's log, where it was read a moment ago; None reads it.
+        guarded: Whether a run that has crashed and will be restarted by itself counts as `restarting`.
     """
+    status = _status(paths, now, tail)
+    if guarded and status in (Status.failed, Status.crashed) and (guard := read_guard(paths)) and guard.alive:
+        return _unless_stopping(paths, Status.restarting)
+    return status
+
+
+def _status(paths: RunPaths, now: float | None, tail: LogEnd | None) -> Status:
     worker, launched = read_mark(paths.process), read_mark(paths.launch)
     # Before the log: on a resume it still ends with the earlier worker's last event until the new one has begun.
     if launched is not None and _nothing_since(launched, paths.events) and is_alive(launched[0]):

@@ -5,7 +5,7 @@ import shlex
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from studio.runs.history import History
 from studio.runs.job import read_job
 from studio.runs.last_words import CRASHED, crash_of, printed_since_launch
 from studio.runs.layout import RunPaths
+from studio.runs.restarts import read_guard
 from studio.runs.scratch import left_by
 from studio.runs.silence import silent_seconds
 from studio.runs.status import Status
@@ -49,6 +50,7 @@ def summary_of(paths: RunPaths, history: History, status: Status, now: float | N
         "job": started.job if started else None,
         "status": str(status),
         "paused_for": history.paused_for if status is Status.paused and history.paused_for else None,
+        "guard": asdict(guard) if (guard := read_guard(paths)) else None,
         "queued": history.phase.detail if status is Status.queued and history.phase else None,
         "silent_seconds": _number(silent_seconds(history, status, time.time() if now is None else now)),
         "method": started.method if started else None,

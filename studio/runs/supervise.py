@@ -39,6 +39,7 @@ ASKED_WANDB_MODE = "LORA_STUDIO_WANDB_MODE"
 """Holds for a tracker's process what WANDB_MODE is where the job was started."""
 _CHILDREN: "dict[Path, subprocess.Popen[bytes]]" = {}
 """The last process that was started here for each run, so that its exit status can be collected."""
+_GUARD = "studio.launch.guard"
 _COUNTED = ", and has counted such a kill since the process began"
 _NOT_COUNTED = (
     ", but has counted no such kill: someone (kill -9), a batch system at a limit, or a guard of the memory such as "
@@ -194,6 +195,35 @@ def resume(
     return launch(paths, module, **options)
 
 
+def start_guard(paths: RunPaths, times: int, module: str = "", environment: Mapping[str, str] | None = None) -> None:
+    """Start the process that resumes a run by itself after a crash; it outlives whoever started it.
+
+    Args:
+        paths: The run, which has a worker.
+        times: How often it may be restarted.
+        module: The job's module; empty takes that of its kind.
+        environment: Additions to the environment, over ours.
+
+    Raises:
+        StudioError: The process cannot be started.
+    """
+    command = [sys.executable, "-m", _GUARD, str(paths.root.absolute()), str(times), *([module] if module else [])]
+    try:
+        with paths.output.open("ab") as output:
+            subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                close_fds=True,
+                cwd=paths.root,
+                env=child_environment(environment or {}),
+                **_detached(),
+            )
+    except OSError as error:
+        raise StudioError(f"what restarts the run after a crash cannot be started: {error}") from error
+
+
 def refuse_unless_ended(paths: RunPaths, *, back: bool = False) -> None:
     """Refuse to resume a run whose worker lives, or that has nothing left to do because it finished.
 
@@ -204,7 +234,7 @@ def refuse_unless_ended(paths: RunPaths, *, back: bool = False) -> None:
     Raises:
         BadInput: It is so.
     """
-    status = run_status(paths)
+    status = run_status(paths, guarded=False)
     name = plain(paths.name, one_line=True)
     if status.live or lock_held(paths.lock):
         raise BadInput(

@@ -21,6 +21,7 @@ from studio.runs.atomic import publish_folder
 from studio.runs.held_out import keep_record
 from studio.runs.job import read_job
 from studio.runs.job_process import run_job
+from studio.runs.restarts import tell_restart
 from studio.runs.worker import Worker
 
 
@@ -36,6 +37,7 @@ def main(worker: Worker) -> None:
         ctypes.string_at(0)
     done = _resumable(worker)
     worker.emit(Started, job="train", method="qlora", model="embedded", resumed_from=done)
+    tell_restart(worker.emit)
     worker.emit(
         Planned,
         total_steps=total,

@@ -6,13 +6,15 @@ micro-batches of a step are not. transformers and fairseq do the same; the windo
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 
+from studio.core.recipe import Recipe
 from studio.jobs.base.data.stored_examples import StoredExamples
 from studio.jobs.train.objectives import Batch, Encoded, Objective, sequences
 from studio.jobs.train.objectives.pairs import Pairs
@@ -177,6 +179,31 @@ class StepBatches:
             place = int(np.argmax(self._lengths[order])) // size * size
             order = order[place : place + size] + order[:place] + order[place + size :]
         return order
+
+
+def step_batches(recipe: Recipe, rows: Sequence[Encoded], batcher: Batcher, by_length: int) -> StepBatches:
+    """Return the rows of every step as a recipe asks for them; `by_length` as for `StepBatches`."""
+    per_step, seed = recipe.rows_per_step, recipe.train.seed
+    return StepBatches(rows, batcher, rows_per_step=per_step, seed=seed, by_length=by_length)
+
+
+def rows_of_like_length(recipe: Recipe, first: Mapping[str, Any]) -> int:
+    """Return of how many rows the groups of similar length are in which the rows are ordered; 0 for none.
+
+    That follows from the recipe alone, never from a measurement (so not with packing `auto`): otherwise two runs of one
+    recipe could see different rows at a step, and a race between two methods would compare orders. It is the
+    micro-batch that the run began with: a resume with another one sees the same rows at each step.
+
+    Args:
+        recipe: As it was asked for.
+        first: The tables of the recipe at the run's first start; empty at that start.
+    """
+    if not recipe.train.group_by_length or recipe.train.packing != "off":
+        return 0
+    began = first.get("train")
+    rows = began.get("micro_batch") if isinstance(began, dict) else None
+    rows = rows if isinstance(rows, int) else recipe.train.micro_batch
+    return rows if rows > 1 else 0
 
 
 def _padded(example: Encoded) -> int:

@@ -26,7 +26,7 @@ from studio.jobs.base.load import base_folder
 from studio.jobs.base.precision import Precision, choose_precision, steadier_format, without_own_format
 from studio.jobs.base.progress import PhaseTeller, read_fingerprint
 from studio.jobs.base.streaming.layers import StreamedLayers
-from studio.jobs.train.batches import Batcher, StepBatches
+from studio.jobs.train.batches import Batcher, StepBatches, rows_of_like_length, step_batches
 from studio.jobs.train.between import Between
 from studio.jobs.train.checkpoint import TrainState, load_checkpoint
 from studio.jobs.train.compiled import compile_step
@@ -53,6 +53,7 @@ from studio.probe.models import find_base, refuse_untrainable
 from studio.probe.resume import RowsFound, changed_libraries, refuse_other_base, refuse_other_recipe, refuse_other_rows
 from studio.runs.checkpoints import Resumption, asked_resumption, set_aside
 from studio.runs.identity import Identity, first_date, read_identity, write_identity
+from studio.runs.restarts import tell_restart
 from studio.runs.worker import Worker
 
 _OTHER_LOSS = {
@@ -182,17 +183,17 @@ def prepare(
     if checkpoint:
         state = load_checkpoint(checkpoint, model, optimizer)
         scaler.load_state_dict(state.scaler)
-    by_length = _rows_of_like_length(asked, first)
+    by_length = rows_of_like_length(asked, first.recipe)
     batcher = batcher_for(
         recipe.train.packing,
         step_model,
-        lambda way: _batches(recipe, rows, way, by_length).typical_rows(),
+        lambda way: step_batches(recipe, rows.train, way, by_length).typical_rows(),
         padded,
         seq_len=recipe.train.seq_len,
         before=state.packed if state else None,
         tell=tell,
     )
-    batches = _batches(recipe, rows, batcher, by_length)
+    batches = step_batches(recipe, rows.train, batcher, by_length)
     _say_padding(worker, tell, recipe, rows, (batches, batcher, step_model))
     total = total_steps_of(
         steps=recipe.train.steps,
@@ -202,7 +203,7 @@ def prepare(
     )
     if needs_reference(objective):
         rows = with_reference(worker, tell, step_model, rows, seen=batches.seen_by(total), batcher=batcher)
-        batches = _batches(recipe, rows, batcher, by_length)
+        batches = step_batches(recipe, rows.train, batcher, by_length)
     planned: dict[str, Any] = {
         "total_steps": total,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -299,6 +300,7 @@ def _begin(worker: Worker, recipe: Recipe, going_on: Resumption, first: Identity
         recipe=recipe.to_dict(),
         date=date.isoformat(),
     )
+    tell_restart(worker.emit)
     worker.served("from-start")
     worker.served("from-checkpoint")
     if going_on.note:
@@ -336,31 +338,6 @@ def _compile(between: Between, loop: LoopParts, step: int) -> None:
     if why:
         message = f"the layers run as written, not compiled: {plain(why, one_line=True, limit=300)}"
         between.worker.emit(Warned, topic="compile", message=message)
-
-
-def _batches(recipe: Recipe, rows: Rows, batcher: Batcher, by_length: int) -> StepBatches:
-    return StepBatches(
-        rows.train,
-        batcher,
-        rows_per_step=recipe.rows_per_step,
-        seed=recipe.train.seed,
-        by_length=by_length,
-    )
-
-
-def _rows_of_like_length(recipe: Recipe, first: Identity) -> int:
-    """Return of how many rows the groups of similar length are in which the rows are ordered; 0 for none.
-
-    That follows from the recipe alone, never from a measurement (so not with packing `auto`): otherwise two runs of one
-    recipe could see different rows at a step, and a race between two methods would compare orders. It is the
-    micro-batch that the run began with: a resume with another one sees the same rows at each step.
-    """
-    if not recipe.train.group_by_length or recipe.train.packing != "off":
-        return 0
-    began = first.recipe.get("train")
-    rows = began.get("micro_batch") if isinstance(began, dict) else None
-    rows = rows if isinstance(rows, int) else recipe.train.micro_batch
-    return rows if rows > 1 else 0
 
 
 def _say_padding(

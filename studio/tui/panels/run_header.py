@@ -25,9 +25,10 @@ _COLOURS = {
     Status.stopping: "$text-warning",
     Status.stopped: "$text-warning",
     Status.queued: "$text-warning",
+    Status.restarting: "$text-warning",
 }
 _ROOM_FOR_ONE_ROW = 98
-_WAITING = (Status.starting, Status.queued)
+_WAITING = (Status.starting, Status.queued, Status.restarting)
 _QUIET_PHASES = ("training",)
 """Phases that are named only while they tell how far they are."""
 
@@ -112,6 +113,8 @@ def _phase(history: History, status: Status) -> str:
     if status is Status.starting:  # the log still holds the phase of the last worker
         return "waiting for the process"
     phase = history.phase
+    if status is Status.restarting:
+        return "it goes on by itself after a crash"
     if phase is not None and status is Status.queued:
         return plain(phase.detail, one_line=True, limit=120)
     if phase is None or (phase.name in _QUIET_PHASES and phase.fraction is None):

@@ -30,6 +30,7 @@ GROUPS = {"train": "Runs", "merge": "Merges", "export": "Exports", "audit": "Aud
 GLYPHS = {
     Status.starting: ("◌", "$text-success"),
     Status.queued: ("◷", "$text-warning"),
+    Status.restarting: ("◌", "$text-warning"),
     Status.running: ("●", "$text-success"),
     Status.paused: ("‖", "$text-warning"),
     Status.stopping: ("●", "$text-warning"),
