@@ -76,6 +76,7 @@ def test_a_killed_run_goes_on_and_says_so(recipe: Recipe, tmp_path: Path, monkey
     assert "crashed after step" in told.because
     assert any("restarted by itself, 1 of 2" in warning.message for warning in history.warnings)
     wait_for(lambda: run_status(paths) is Status.running)
+    wait_for(lambda: (guard := read_guard(paths)) and not guard.words)
     guard = summary_of(paths, history, Status.running)["guard"]
     assert (guard["used"], guard["times"], guard["words"]) == (1, 2, "")
     assert stop(paths, 60) is Status.stopped

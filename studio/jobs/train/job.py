@@ -133,10 +133,9 @@ def prepare(
         BadInput: Model, data or recipe are not those that were checked or that the run began with.
         Cancelled: The user asked for an early end.
     """
-    checkpoint, first = going_on.checkpoint, read_identity(worker.paths)
+    checkpoint, first, recipe = going_on.checkpoint, read_identity(worker.paths), shrinking.recipe
     date = first_date(worker.paths) or datetime.now().replace(microsecond=0)
     _begin(worker, asked, going_on, first, date)
-    recipe = shrinking.recipe
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     device = _device(worker, recipe)
     precision = _precision(worker, recipe, device)
