@@ -3,14 +3,13 @@
 import argparse
 import shlex
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from studio.commands.card_flags import add_card, device_for, number_between
 from studio.commands.options import add_json, add_set
 from studio.commands.pace_text import pace_lines
 from studio.commands.terminal import DONE, NO, say, size, table, write_json
 from studio.core.errors import BadInput
-from studio.core.fit import Fit, Priced, fit
 from studio.core.gpu_catalogue import GIB, Gpu
 from studio.core.placement.fidelity import Effects
 from studio.core.placement.planner import AIMS, Placed, Plan, Planner
@@ -22,6 +21,9 @@ from studio.probe.pace import calibrated_estimate, pace_of, pace_to_dict
 from studio.probe.quality import audited, layer_effects
 from studio.probe.shape import find_shape
 from studio.runs.recipe_file import find_recipe, load_recipe
+
+if TYPE_CHECKING:
+    from studio.core.fit import Fit, Priced
 
 _MOST_RAM_GIB = 2**20
 
@@ -67,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
         return _fill(args, recipe, Planner(recipe, shape, gpu, budget, ram, known, effects))
     if args.ram_gib is not None:
         raise BadInput("--ram-gib says what may wait in main memory: add --for speed, fidelity or room")
+    from studio.core.fit import fit  # noqa: PLC0415  6 ms that `--for` does not pay
+
     found = fit(recipe, shape, gpu, budget, known, ram_bytes=ram_bytes())
     setup = as_it_lies(replace(setup_of(found.fix.recipe, gpu), device="cuda"), shape.quantised)
     pace = pace_of(found.fix.recipe, shape, setup, gpu)
@@ -159,7 +163,7 @@ def _words(placed: Placed, recipe: Recipe) -> str:
     return " ".join(f"--set {shlex.quote(word)}" for word in words) or "the recipe as it is"
 
 
-def _document(found: Fit) -> dict[str, Any]:
+def _document(found: "Fit") -> dict[str, Any]:
     return {
         "recipe": found.fix.recipe.to_dict(),
         "changes": [
@@ -180,7 +184,7 @@ def _document(found: Fit) -> dict[str, Any]:
     }
 
 
-def _print(found: Fit, gpu: Gpu, budget_bytes: int) -> None:
+def _print(found: "Fit", gpu: Gpu, budget_bytes: int) -> None:
     name = gpu.name or "the card"
     if found.fix.changes:
         head = ["change", "saves", "time of a step", "what it costs"]
@@ -219,7 +223,7 @@ def _print(found: Fit, gpu: Gpu, budget_bytes: int) -> None:
         say("smallest cards for it: " + ", ".join(f"{card.name} ({size(card.total_bytes)})" for card in found.cards))
 
 
-def _settings(item: Priced) -> tuple[tuple[str, Any], ...]:
+def _settings(item: "Priced") -> tuple[tuple[str, Any], ...]:
     return item.change.settings
 
 
@@ -231,6 +235,6 @@ def _word(value: Any) -> str:
     return str(value)
 
 
-def _factor(item: Priced) -> str:
+def _factor(item: "Priced") -> str:
     low, high = (f"{value:.2f}".rstrip("0").rstrip(".") for value in item.time)
     return f"x{low}" if low == high else f"x{low} to x{high}"

@@ -5,6 +5,7 @@ Counted of a decoder layer with grouped heads and a gated MLP. Launches of our l
 loop had functions of its own. What routed experts and mixers launch besides is not counted.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 from studio.core.families import OWN_NORM, OWN_ROTARY
@@ -82,9 +83,8 @@ def launches_of(shape: ModelShape, setup: Setup, names: frozenset[str]) -> float
         names: Its targets.
     """
     table = _OWN_LAUNCHED if setup.engine == "studio" else _STOCK_LAUNCHED
-    linears = sum(count * linear.copies for count, linear in shape.all_linears() if linear.copies == 1)
+    linears, paired = _maps(shape, names)
     rounded = _rounded(shape, setup) if setup.precision else linears * setup.quantised
-    paired = sum(count for count, linear in adapted(shape, names) if linear.copies == 1)
     forward, backward = (
         shape.layers * table.rest[way]
         + paired * (table.adapted[way] + (table.dropout[way] if setup.dropout else 0))
@@ -95,6 +95,13 @@ def launches_of(shape: ModelShape, setup: Setup, names: frozenset[str]) -> float
     again = setup.recomputed_of(shape.layers) / shape.layers
     spared = table.four_bit[1] * rounded * again * paired / linears if setup.keeps_dequantised else 0
     return forward * (1 + again) + backward - spared
+
+
+@lru_cache(maxsize=64)
+def _maps(shape: ModelShape, names: frozenset[str]) -> tuple[int, int]:
+    """Return how many linear maps there are beside routed experts, and how many of them are adapted."""
+    linears = sum(count for count, linear in shape.all_linears() if linear.copies == 1)
+    return linears, sum(count for count, linear in adapted(shape, names) if linear.copies == 1)
 
 
 def _rounded(shape: ModelShape, setup: Setup) -> int:

@@ -6,12 +6,13 @@ the layer is computed again. Adapter weights are trained, so they take a third p
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from studio.core.kernels import launches_of, moved_of
 from studio.core.layer_precision import FOUR_BIT, INT8, SIXTEEN_BIT
 from studio.core.placement.streaming import BUFFERS
 from studio.core.shape import EXPERTS_DOWN, EXPERTS_UP, Experts, LayerGroup, ModelShape
-from studio.core.trainable import adapted, target_names, trainable_parameters, trained_tensors
+from studio.core.trainable import AdaptedPart, adapted, target_names, trainable_parameters, trained_tensors
 from studio.core.vram.frozen import frozen_form, held_linears, held_stacks, streamed_bytes
 from studio.core.vram.loop import runs_eager
 from studio.core.vram.setup import Setup
@@ -91,7 +92,7 @@ def step_work(shape: ModelShape, setup: Setup) -> StepWork:
     weights = sum(group.count * _active(group, shape.hidden, setup) for group in shape.groups)
     head = 4.0 * tokens * shape.embedding_parameters
     frozen = 2.0 * tokens * weights * passes
-    pairs = _pairs_of_a_token(shape, setup, names)
+    pairs = _pairs_of_a_token(shape, setup.adapted, names)
     trained = 2.0 * tokens * pairs * (3 + again)
     if setup.adapted.trains_head:
         head *= 2  # its own gradient, and its chunks once more
@@ -105,10 +106,11 @@ def step_work(shape: ModelShape, setup: Setup) -> StepWork:
         if setup.residual_itemsize == 4:
             half, single, half_scores, single_scores = frozen, trained + head, 0.0, scores
     stored = sum(group.count * _stored(group, shape.hidden) for group in shape.groups)
-    adapted_weights = sum(count * linear.weights for count, linear in adapted(shape, names))
     moved = tokens * (passes + 1) * _moved_per_token(shape, setup, names)
     moved += tokens * shape.vocabulary * _LOGIT_BYTES[setup.loss]
-    moved += setup.dora * _DORA_BYTES * adapted_weights * (1 + again)
+    if setup.dora:
+        adapted_weights = sum(count * linear.weights for count, linear in adapted(shape, names))
+        moved += _DORA_BYTES * adapted_weights * (1 + again)
     moved += _OPTIMIZER_BYTES * trainable_parameters(shape, setup.adapted) / setup.accumulation
     if setup.attention == "eager":
         moved += _SQUARE_BYTES * setup.squares * shape.heads * shape.layers * (passes + 1)
@@ -168,13 +170,14 @@ def _copied(shape: ModelShape, setup: Setup) -> float:
     return waiting * (count - BUFFERS) / count
 
 
-def _pairs_of_a_token(shape: ModelShape, setup: Setup, names: frozenset[str]) -> float:
+@lru_cache(maxsize=64)
+def _pairs_of_a_token(shape: ModelShape, part: AdaptedPart, names: frozenset[str]) -> float:
     """Return the adapter weights that a token goes through: of those beside routed experts only what it visits."""
     stacks = names & {EXPERTS_UP, EXPERTS_DOWN}
-    every = sum(count * elements for count, elements in trained_tensors(shape, setup.adapted))
+    every = sum(count * elements for count, elements in trained_tensors(shape, part))
     if not stacks:
         return every
-    plain = sum(count * elements for count, elements in trained_tensors(shape, setup.adapted, without=stacks))
+    plain = sum(count * elements for count, elements in trained_tensors(shape, part, without=stacks))
     experts = next(group.layer.experts for group in shape.groups if group.layer.experts)
     return plain + (every - plain) * experts.per_token / experts.count
 
@@ -216,12 +219,16 @@ def _moved_per_token(shape: ModelShape, setup: Setup, names: frozenset[str]) -> 
     heads, moved = (shape.heads + shape.kv_heads) * shape.head_dim, moved_of(shape, setup)
     inner = sum(group.count * _inner(group, setup) for group in shape.groups)
     elements = shape.layers * (2 * (moved.norm + moved.residual) * shape.hidden + moved.rotary * heads)
-    adapters = sum(
-        count * linear.copies * (moved.adapter_in * linear.inputs + moved.adapter_out * linear.outputs)
-        for count, linear in adapted(shape, names)
-        if linear.copies == 1
-    )
+    inputs, outputs = _adapted_widths(shape, names)
+    adapters = moved.adapter_in * inputs + moved.adapter_out * outputs
     return setup.residual_itemsize * (elements + moved.activation * inner) + setup.compute_itemsize * adapters
+
+
+@lru_cache(maxsize=64)
+def _adapted_widths(shape: ModelShape, names: frozenset[str]) -> tuple[int, int]:
+    """Return the inputs and the outputs of all adapted linear maps, routed experts left out."""
+    found = [(count, linear) for count, linear in adapted(shape, names) if linear.copies == 1]
+    return sum(count * one.inputs for count, one in found), sum(count * one.outputs for count, one in found)
 
 
 def _inner(group: LayerGroup, setup: Setup) -> float:

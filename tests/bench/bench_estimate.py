@@ -5,13 +5,19 @@ Errors come twice: with each row's own loop and library version, and from its fl
 chosen on the other sources.
 """
 
+import json
+import os
 import random
 import statistics
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import fields, replace
+from pathlib import Path
 
 from studio.core.gpu_catalogue import find_gpu
+from studio.core.placement.planner import AIMS
 from studio.core.stock.estimate import estimate_stock, refined, stock_stages
 from studio.core.stock.loop import stock_kernel
 from studio.core.stock.replay import replayed
@@ -26,6 +32,7 @@ from studio.core.vram.report import VramEstimate
 from studio.core.vram.reserve import CONTEXT_BYTES, reserved_range, unused_in_segments
 from studio.core.vram.setup import Setup
 from studio.core.vram.stages import CUBLAS_WORKSPACE_BYTES
+from tests.bench.trace_settings import config_of
 from tests.core.loops import estimated
 from tests.core.published_rows import GIB, Compared, card, compared, from_flags, measured_bytes, shapes
 
@@ -183,8 +190,31 @@ def held(engine: type[Setup], rounds: int) -> None:
     print(f"  beyond the high end: {len(misses)} of {len(errors)}{worst}")
 
 
+def planning(rounds: int = 10) -> None:
+    """Print the processor time of whole `fit --for` commands, start of Python included, for an 8B on an RTX 4090."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder, "config.json")
+        config.write_text(json.dumps(config_of("Llama-3.1-8B", None)), encoding="utf-8")
+        fit = ["fit", "llama-3.1-8b-qlora-24gb", "--model", str(config), "--gpu", "4090", "--ram-gib", "64", "--for"]
+        kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        environ = kept | {"LORA_STUDIO_HOME": folder}
+        for words in (["--version"], *([*fit, aim] for aim in AIMS)):
+            times = sorted(processor_seconds([sys.executable, "-m", "studio", *words], environ) for _ in range(rounds))
+            print(f"{words[0]} {words[-1]}: {statistics.median(times):.3f} s, least {times[0]:.3f}")
+
+
+def processor_seconds(words: list[str], environ: dict[str, str]) -> float:
+    """Return the user's and the system's seconds of a command."""
+    silent = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
+    _, status, used = os.wait4(os.posix_spawn(words[0], words, environ, file_actions=silent), 0)
+    if status:
+        raise RuntimeError(f"{' '.join(words)} ended with {status}")
+    return used.ru_utime + used.ru_stime
+
+
 if __name__ == "__main__":
     speed()
+    planning()
     table()
     left_out()
     held(Setup, 1000)

@@ -37,6 +37,7 @@ RECIPE = Recipe().with_("train.accumulation", 4).with_("train.seq_len", 2048).wi
 FAST = (("Llama-3.2-1B", "T4"), ("Llama-2-7b-hf", "4070"), ("Llama-2-13b-hf", "4090"))
 CARDS = ("1080 Ti", "3060", "T4", "4070", "A10", "4090", "5090", "A100-80GB")
 RAM = 64 * GIB
+LEAN = replace(setup_of(RECIPE.with_("train.optimizer", "paged_adamw_8bit"), CARD), offload_checkpoints=True)
 
 
 def planned(
@@ -236,3 +237,27 @@ def test_placed_settings_are_plain_values_of_a_recipe() -> None:
     assert made.model.stream == 40
     assert "40 of 40 layers in main memory" in plan.bought[0].words
     assert setup_of(made, find_gpu("4070")) == plan.chosen.setup
+
+
+@pytest.mark.parametrize("aim", AIMS)
+def test_settings_that_cannot_win_are_not_estimated(aim: Aim) -> None:
+    """It answers a person: of some thousand settings of a 32-layer model about a hundred are looked at."""
+    shape, asked = shapes()["Llama-3.1-8B"], list[Setup]()
+
+    def estimate(setup: Setup) -> VramEstimate:
+        asked.append(setup)
+        return estimate_vram(shape, setup, CARD)
+
+    recipe = RECIPE.with_("train.micro_batch", 2).with_("train.accumulation", 8)
+    assert Planner(recipe, shape, CARD, CARD.total_bytes, RAM, estimate).plan(aim)
+    assert len(asked) == len(set(asked)) <= 110
+
+
+def test_the_last_layer_may_take_less_where_it_keeps_its_activations() -> None:
+    """The computation of all layers again has one more checkpoint and no activation less."""
+    shape, gpu = shapes()["falcon-7b"], find_gpu("3060")
+    high = {again: estimate_vram(shape, replace(LEAN, recompute=again), gpu).device.high for again in ("all", 31)}
+    assert high[31] < high["all"]
+    plan = planned("room", high[31], shape=shape, gpu=gpu)
+    assert plan is not None
+    assert plan.chosen.estimate.device.high <= high[31]
