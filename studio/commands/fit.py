@@ -11,8 +11,9 @@ from studio.commands.pace_text import pace_lines
 from studio.commands.terminal import DONE, NO, say, size, table, write_json
 from studio.core.errors import BadInput
 from studio.core.gpu_catalogue import GIB, Gpu
+from studio.core.placement.fastest import Placed
 from studio.core.placement.fidelity import Effects
-from studio.core.placement.planner import AIMS, Placed, Plan, Planner
+from studio.core.placement.planner import AIMS, Plan, Planner
 from studio.core.recipe import Recipe
 from studio.core.vram.report import VramEstimate, plan_to_dict
 from studio.core.vram.setup import Setup, as_it_lies, setup_of

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from studio.core.gpu_catalogue import GIB, Gpu, card_of_size, find_gpu
+from studio.core.placement.fastest import Placed
 from studio.core.placement.fidelity import Effects, effects_of, enough, left_in, more_bits, table_of
-from studio.core.placement.planner import AIMS, Aim, Placed, Plan, Planner
+from studio.core.placement.planner import AIMS, Aim, Plan, Planner
 from studio.core.recipe import Recipe
 from studio.core.shape import ModelShape
 from studio.core.shape_from_config import shape_from_config
