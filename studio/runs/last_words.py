@@ -15,7 +15,7 @@ from studio.runs.disk import RESUME
 from studio.runs.failure import OUT_OF_MEMORY, Doing, memory_failure_of, out_of_memory_in
 from studio.runs.history import History
 from studio.runs.layout import RunPaths
-from studio.runs.memory_kills import MEMORY_KILLS, kills_since
+from studio.runs.memory_kills import ALMOST_FULL, MEMORY_KILLS, kills_since
 from studio.runs.native import native_failure
 from studio.runs.process import of_this_boot, read_mark
 
@@ -23,6 +23,12 @@ CRASHED = "crashed"
 """The kind of a failure whose reason is not known."""
 
 _KILLER = "the system's out-of-memory killer has ended a process since this one began, and this one is gone"
+_GUARD = (
+    "the process ended without a word while hardly any memory was left, as when a guard of it (earlyoom, systemd-oomd) "
+    "ends it"
+)
+_SHORTLY_SECONDS = 60.0
+"""How long before a process's last event memory must have been told to be almost full."""
 _MORE_MEMORY = "close other programs, or give the container, batch job or machine more memory"
 _TAIL_BYTES = 64 * 1024
 _LAST_LINES = 20
@@ -65,6 +71,9 @@ def crash_of(paths: RunPaths, history: History) -> JobFailed | None:
     if (found is None or found.kind == CRASHED) and memory_kills(paths):
         full = memory_failure_of(f"{_KILLER}{_held(history)}", doing, on_card=False)
         found = JobFailed(full.kind, str(full), f"{_MORE_MEMORY}; {full.advice}")
+    if found is None and (low := _low_memory(history)):
+        full = memory_failure_of(f"{_GUARD}; {low}", doing, on_card=False)
+        found = JobFailed(full.kind, str(full), f"{_MORE_MEMORY}; {full.advice}")
     return found and JobFailed(found.kind, str(found), found.advice.replace(RESUME, go_on))
 
 
@@ -85,6 +94,14 @@ def memory_kills(paths: RunPaths) -> int | None:
         return None
     before = worker[1].get(MEMORY_KILLS)
     return kills_since(before) if isinstance(before, dict) else None
+
+
+def _low_memory(history: History) -> str:
+    """Return what a training said of main memory if it was almost full shortly before its end; else nothing."""
+    told = [event for event in history.warnings if event.topic == ALMOST_FULL]
+    if not told or history.last_at is None or history.last_at - told[-1].at > _SHORTLY_SECONDS:
+        return ""
+    return told[-1].message.partition(";")[0]
 
 
 def _held(history: History) -> str:

@@ -12,6 +12,9 @@ from typing import Any
 MEMORY_KILLS = "memory_kills"
 """The field of `process.json` that holds the counts."""
 
+ALMOST_FULL = "main memory"
+"""Topic of a training's warning that hardly any main memory is left."""
+
 _GROUPS = Path("/sys/fs/cgroup")
 _MEMBERSHIP = Path("/proc/self/cgroup")
 _MACHINE = Path("/proc/vmstat")

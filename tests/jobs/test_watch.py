@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from studio.core.gpu_catalogue import GIB
 from studio.jobs.train.watch import Clocks, TrainingWatch, way_back
 from studio.probe.cards import card_state
 from studio.runs.checkpoints import outdated, step_of
+from studio.runs.last_words import crash_of
 from studio.runs.log import read_events
+from studio.runs.memory_kills import ALMOST_FULL
 from studio.runs.watch import read_history
 from tests.fakes.nvml_library import LOST, Library, LibraryCard
 from tests.fakes.runs import LiveWorker, make_run
@@ -27,11 +30,13 @@ class Watched:
         self.wall = self.steady = self.boot = 1000.0
         self.free = 500 * GIB
         self.spills = False
+        self.available = 8 * GIB
         self.watch = TrainingWatch(
             worker,
             clocks=lambda: Clocks(self.wall, self.steady, self.boot),
             free_bytes=lambda folder: self.free,
             card=card_state,
+            memory=lambda: SimpleNamespace(total=16 * GIB, free=self.available),
             spills=lambda: self.spills,
         )
         self.step = 0
@@ -49,8 +54,8 @@ class Watched:
         self.wall += seconds + asleep + wall
         self.watch.look()
 
-    def planned_on(self, uuid: str) -> None:
-        known: dict[str, Any] = {"trainable_parameters": 1, "rows": 1, "held_out_rows": 0, "loss_path": "chunked"}
+    def planned_on(self, uuid: str, weights: int = 1) -> None:
+        known: dict[str, Any] = {"trainable_parameters": weights, "rows": 1, "held_out_rows": 0, "loss_path": "chunked"}
         self.worker.emit(Planned, total_steps=9, device="a", dtype="bf16", card={"uuid": uuid}, **known)
 
     def told(self, topic: str) -> list[str]:
@@ -167,6 +172,26 @@ def test_a_clock_that_is_set_is_told_and_the_duration_stays_right(watched: Watch
     assert "the machine slept for 10 min" in watched.told("clock")[2]
 
 
+def test_main_memory_that_is_almost_full_is_told_and_explains_an_end_without_a_word(watched: Watched) -> None:
+    paths = watched.worker.paths
+    watched.steps(3)
+    watched.after(5)
+    assert crash_of(paths, read_history(paths)) is None
+    watched.available = GIB // 2
+    watched.after(5)
+    watched.after(5)
+    (told,) = watched.told(ALMOST_FULL)
+    assert "0.5 of 16.0 GiB are available" in told
+    found = crash_of(paths, read_history(paths))
+    assert found is not None
+    assert found.kind == "out_of_memory"
+    assert "as when a guard of it (earlyoom, systemd-oomd) ends it; main memory is almost full: 0.5" in str(found)
+    history = read_history(paths)
+    assert history.last_at is not None
+    history.last_at += 3600  # long after, it says nothing of the end
+    assert crash_of(paths, history) is None
+
+
 def test_a_disk_is_told_of_before_it_is_full(watched: Watched) -> None:
     watched.worker.emit(Saved, what="checkpoint", path="checkpoints/step-1", step=1, size_bytes=GIB)
     watched.after(5)
@@ -181,6 +206,18 @@ def test_a_disk_is_told_of_before_it_is_full(watched: Watched) -> None:
     watched.free = GIB
     watched.after(5)
     assert len(watched.told("disk")) == 2
+
+
+def test_a_disk_without_room_for_all_checkpoints_is_told_before_the_first_step(watched: Watched) -> None:
+    watched.worker.emit(Started, job="train", recipe={"train": {"keep_checkpoints": 3}})
+    watched.planned_on("", weights=GIB)  # 12 GiB each at most
+    watched.free = 49 * GIB
+    watched.after(5)
+    assert watched.told("disk") == []
+    watched.free = 48 * GIB
+    watched.after(5)
+    (told,) = watched.told("disk")
+    assert "48.00 GiB are free, and saving takes up to 48.06 GiB" in told
 
 
 def test_a_disk_that_something_fills_is_told_of_in_time(watched: Watched) -> None:

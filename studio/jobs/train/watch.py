@@ -12,16 +12,18 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from studio.core.errors import JobFailed
-from studio.core.events import Planned, RunEvent, Saved, StepDone, Warned
+from studio.core.events import Planned, RunEvent, Saved, Started, StepDone, Warned
 from studio.core.gpu_catalogue import GIB
 from studio.core.text import duration_text
 from studio.core.unusual import LossSpikes, Pace, SlowSteps, Spike
-from studio.probe.cards import CardState, card_state
+from studio.probe.cards import CardState, card_state, main_memory
 from studio.probe.machine import spills_to_ram
-from studio.runs.checkpoints import healthy_before, keep_back, step_of
+from studio.runs.checkpoints import complete_checkpoints, healthy_before, keep_back, step_of
 from studio.runs.disk import RESUME
+from studio.runs.memory_kills import ALMOST_FULL
 from studio.runs.worker import Worker
 
 _GONE_WRONG = ("nonfinite_loss", "nonfinite_gradient", "adapter_nonfinite")
@@ -32,8 +34,12 @@ _FILLS_SECONDS = 1800.0
 """A disk is told of that will be full within this time, as fast as it fills."""
 _SEEN_SECONDS = 300.0
 """How long it is looked at before that is said."""
+_BYTES_A_WEIGHT = 12
+"""What a checkpoint takes at most a trained weight, until one was saved: itself and two moments of Adam, in fp32."""
 _SPARE_BYTES = 64 * 2**20
 """Room for the log, and for what the system itself writes, beside what the run saves."""
+_MEMORY_SHARE = 0.05
+"""Main memory is almost full where less of it is available. earlyoom warns below 10 % and kills below 5 %."""
 _FULL_SHARE = 0.02
 """A card counts as full where less of its memory is free."""
 
@@ -86,6 +92,7 @@ class TrainingWatch:
         clocks: Reads the clocks.
         free_bytes: Returns the free bytes of the disk that a folder lies on.
         card: Returns how the card with a UUID is doing.
+        memory: Returns total and free bytes of main memory; None where the system does not tell.
         spills: Whether the driver moves into main memory what does not fit on a card.
     """
 
@@ -93,12 +100,14 @@ class TrainingWatch:
     clocks: Callable[[], Clocks] = _clocks
     free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free
     card: Callable[[str], CardState] = card_state
+    memory: Callable[[], Any] = main_memory
     spills: Callable[[], bool] = spills_to_ram
     _losses: LossSpikes = field(default_factory=LossSpikes)
     _paces: SlowSteps = field(default_factory=SlowSteps)
     _before: Clocks | None = None
     _free: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=200))
     _saved_bytes: int = 0
+    _to_come: int = 1
     _uuid: str = ""
     _state: CardState | None = None
     _usual_reasons: tuple[str, ...] | None = None
@@ -117,13 +126,18 @@ class TrainingWatch:
                 self._tell_pace(pace)
         elif isinstance(event, Planned):
             self._uuid = event.card.get("uuid", "")
-        elif isinstance(event, Saved):
-            self._saved_bytes = max(self._saved_bytes, event.size_bytes or 0)
+            self._saved_bytes = _BYTES_A_WEIGHT * event.trainable_parameters
+        elif isinstance(event, Started):
+            keep = event.recipe.get("train", {}).get("keep_checkpoints", 1)
+            self._to_come = max(1, keep - len(complete_checkpoints(self.worker.paths.checkpoints)))
+        elif isinstance(event, Saved) and event.what == "checkpoint":
+            self._saved_bytes, self._to_come = event.size_bytes or self._saved_bytes, max(1, self._to_come - 1)
 
     def look(self) -> None:
-        """Look at clock, disk and card; called every few seconds from a thread of its own."""
+        """Look at clock, disk, main memory and card; called every few seconds from a thread of its own."""
         self._look_at_clocks()
         self._look_at_disk()
+        self._look_at_memory()
         self._look_at_card()
 
     def _tell(self, topic: str, message: str, shift_seconds: float | None = None) -> None:
@@ -201,8 +215,8 @@ class TrainingWatch:
             return
         now = self.clocks().steady
         self._free.append((now, free))
-        # Twice the largest thing that was saved: a new checkpoint is whole before an old one is deleted.
-        needed = 2 * self._saved_bytes + _SPARE_BYTES
+        # The checkpoints that are still to come, and one more: a new one is whole before an old one is deleted.
+        needed = (self._to_come + 1) * self._saved_bytes + _SPARE_BYTES
         began, then = self._free[0]
         lost = (then - free) / (now - began) if now - began >= _SEEN_SECONDS else 0.0
         full_in = (free - needed) / lost if lost > 0 else float("inf")
@@ -220,6 +234,20 @@ class TrainingWatch:
             )
         elif free > 2 * needed and full_in > 2 * _FILLS_SECONDS:
             self._told.discard("disk")
+
+    def _look_at_memory(self) -> None:
+        memory = self.memory()
+        if memory is None:
+            return
+        if memory.free < _MEMORY_SHARE * memory.total:
+            self._tell_once(
+                ALMOST_FULL,
+                f"main memory is almost full: {memory.free / GIB:.1f} of {memory.total / GIB:.1f} GiB are available; "
+                "the system, or a guard such as earlyoom or systemd-oomd, soon ends a large process, which may be this "
+                "one. Close other programs",
+            )
+        elif memory.free > 2 * _MEMORY_SHARE * memory.total:
+            self._told.discard(ALMOST_FULL)
 
     def _look_at_card(self) -> None:
         if not self._uuid:
