@@ -27,6 +27,12 @@ _ASSUMED = f"at 1 row of {count(_RECIPE.train.seq_len)} tokens and rank {_RECIPE
 _SHOWN: dict[Method, str] = {"lora": "LoRA 16-bit", "qlora": "QLoRA 4-bit"}
 _LEVELS = {"fits": "$text-success", "tight": "$text-warning", "does not fit": "$text-error"}
 _LADDER = (1e9, 3e9, 4e9, 8e9, 14e9, 24e9, 32e9, 70e9)
+_LARGER = (
+    ("train.seq_len", "With longer rows", "tokens"),
+    ("adapter.rank", "With a larger rank", "rank"),
+)
+_TIMES = (2, 4, 8, 16)
+"""How many times as much of a setting as assumed is shown."""
 _BAR, _NAME, _LEAST_NAME = 22, 24, 20
 
 
@@ -75,14 +81,14 @@ class CardFits:
     models: tuple[ModelFit, ...]
 
 
-def needs_of(shape: ModelShape, device: PlanDevice) -> dict[Method, Need]:
-    """Return what a model takes by each method.
+def needs_of(shape: ModelShape, device: PlanDevice, recipe: Recipe = _RECIPE) -> dict[Method, Need]:
+    """Return what a model takes by each method, with what a recipe says besides.
 
     Raises:
         BadInput: It cannot be estimated.
     """
     forecaster = Forecaster(shape, device)
-    outlooks = {method: forecaster.outlook(_RECIPE.with_("method", method)) for method in METHODS}
+    outlooks = {method: forecaster.outlook(recipe.with_("method", method)) for method in METHODS}
     return {method: Need(one.estimate.device.expected, one.verdict) for method, one in outlooks.items()}
 
 
@@ -118,6 +124,30 @@ def needs_text(needs: dict[Method, Need], card: str, budget_bytes: int | None) -
     return Content.assemble(*lines, (f"{_ASSUMED}; the recipe is fitted afterwards", "dim"))
 
 
+def larger_text(shape: ModelShape, device: PlanDevice) -> Content:
+    """Return what a model takes by each method with longer rows, up to what it reads, and with larger ranks.
+
+    Raises:
+        BadInput: It cannot be estimated.
+    """
+    lines: list[str | tuple[str, str]] = []
+    for path, head, unit in _LARGER:
+        values = [times * _RECIPE.get(path) for times in _TIMES]
+        if path == "train.seq_len" and shape.positions:
+            values = [value for value in values if value <= shape.positions]
+        heads = "".join(f"  {_SHOWN[method]:>12}" for method in METHODS)
+        lines += [(f"\n\n{head}, in GiB\n", "bold"), (f"{unit:>8}{heads}", "dim")] if values else []
+        for value in values:
+            needs = needs_of(shape, device, _RECIPE.with_(path, value))
+            lines += [f"\n{count(value):>8}", *(_cell(needs[method], 12) for method in METHODS)]
+    return Content.assemble(*lines)
+
+
+def _cell(need: Need, cells: int) -> tuple[str, str]:
+    mark, style = (mark_of(need.verdict), _LEVELS[need.verdict]) if need.verdict else (" ", "")
+    return f"{gib(need.expected_bytes):>{cells}} {mark}", style
+
+
 def ladder_text(fits: CardFits) -> Content:
     """Return known models from small to large, each with what it takes of the card by both methods."""
     named = [one for one in fits.models if len(_name(one)) < _NAME] or fits.models
@@ -130,9 +160,7 @@ def ladder_text(fits: CardFits) -> Content:
     for one in rungs:
         lines.append(f"{one.parameters / 1e9:5.1f} B  {_name(one)[: _NAME - 1]:{_NAME}}")
         for method in METHODS:
-            need = one.needs[method]
-            mark, style = (mark_of(need.verdict), _LEVELS[need.verdict]) if need.verdict else ("", "")
-            lines.append((f"{gib(need.expected_bytes):>7} {mark or ' '} ", style))
+            lines += [_cell(one.needs[method], 7), " "]
         lines.append("\n")
     return Content.assemble(*lines, (f"{_ASSUMED}; {len(fits.models)} models are known without the hub", "dim"))
 

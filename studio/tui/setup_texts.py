@@ -332,12 +332,13 @@ class Lookup:
 
     def _needs(self, shape: ModelShape, card: str) -> Content:
         """Return what a model takes of the card; why it cannot be told is no reason against the model."""
-        from studio.tui.model_fits import needs_of, needs_text  # noqa: PLC0415  with the estimator
+        from studio.tui.model_fits import larger_text, needs_of, needs_text  # noqa: PLC0415  with the estimator
 
         try:
             device = self._device(card)
             name = device.gpu.name if device.gpu else ""
-            return needs_text(needs_of(shape, device), name, device.free_bytes)
+            bars = needs_text(needs_of(shape, device), name, device.free_bytes)
+            return Content.assemble(bars, larger_text(shape, device))
         except StudioError as error:
             return refused_text(str(error))
 

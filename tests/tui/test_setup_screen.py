@@ -34,6 +34,8 @@ from studio.tui.screens.setup import SetupScreen
 from studio.tui.services import Services
 from studio.tui.setup_texts import data_text
 from studio.tui.told import Abandoned, ReadingTold
+from tests.pictures.drawn import rows_of
+from tests.pictures.findings import EMPTY, empty_share
 from tests.tui.stories import (
     BOTH,
     EIGHT_B,
@@ -261,6 +263,10 @@ def test_another_card_is_planned_for_and_taken_to_the_configure_screen(tmp_path:
     play_setup(story, tmp_path, finding(Told(), services_that(asked)))
 
 
+def _empty_share(app: StudioApp) -> float:
+    return empty_share(rows_of(app.screen._compositor.render_strips()), app.size.width)
+
+
 def test_known_models_are_offered_by_whether_the_card_trains_them(tmp_path: Path) -> None:
     told = Told()
     services = given(
@@ -279,6 +285,13 @@ def test_known_models_are_offered_by_whether_the_card_trains_them(tmp_path: Path
         bars = [line for line in shown(app).splitlines() if "GiB  █" in line]
         assert [("LoRA 16-bit   16.8" in bars[0], "QLoRA 4-bit" in bars[1])] == [(True, True)]
         assert bars[0].count("█") > 2 * bars[1].count("█"), "16 bits take more of the card than 4"
+        for size in ((200, 60), WIDE):
+            await pilot.resize_terminal(*size)
+            await until(
+                pilot, lambda: empty_share(rows_of(app.screen._compositor.render_strips()), app.size.width) <= EMPTY
+            )
+        larger = [float(line) for line in re.findall(r" (?:[248]|16) \d{3} +([0-9.]+) [✓~✗]", shown(app))]
+        assert 16.8 < larger[0] < larger[1] < larger[2] < larger[3], "longer rows take more"
         await pilot.press("end")
         await until(pilot, lambda: "LARGER THAN RTX 4090" in shown(app) and "Qwen3-235B-A22B" in shown(app))
         await pilot.press("home", "down")
