@@ -106,7 +106,9 @@ class Choice(Widget, can_focus=True):
         for text, value in self._pieces():
             name = "chosen" if value == self.value else "other"
             segments.append(Segment(text, style(f"choice--{name}")))
-        segments.append(Segment(f"  {self.note}" if self.note else "", style("choice--note")))
+        room, note = self.size.width - sum(segment.cell_length for segment in segments), f"  {self.note}".rstrip()
+        cut = len(note) > room
+        segments.append(Segment(f"{note[: max(0, room - 1)]}…" if cut else note, style("choice--note")))
         return Strip(segments).adjust_cell_length(self.size.width, self.rich_style)
 
     def _pieces(self) -> list[tuple[str, str]]:

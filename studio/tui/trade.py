@@ -13,7 +13,7 @@ from studio.probe.forecast import ADAPTER_BYTES_PER_PARAMETER, Outlook
 from studio.probe.pace import Pace
 from studio.probe.trade import METHODS, Side, Sides
 from studio.runs.quality import LaneResult
-from studio.tui.readable import UNKNOWN, gib
+from studio.tui.readable import UNKNOWN, count, gib
 
 WAITING = "..."
 
@@ -120,7 +120,7 @@ def _quality_rows(sides: Sides) -> list[tuple[str, ...]]:
     lora, qlora = pair
     more = qlora.more
     span = f"{_short(more.low)}..{_short(more.high)}" if more.low is not None and more.high is not None else UNKNOWN
-    paces = [UNKNOWN if (pace := one.tokens_per_second) is None else f"{pace:,.0f}" for one in (lora, qlora)]
+    paces = [count(one.tokens_per_second) for one in (lora, qlora)]
     return [
         ("held-out loss", *_between(sides, f"{lora.loss.value:.3f}", f"{qlora.loss.value:.3f}")),
         ("4 bit adds", *_between(sides, UNKNOWN, span)),

@@ -120,6 +120,10 @@ def test_the_arrows_of_a_narrow_choice_lead_both_ways() -> None:
         assert app.heard == ["one", "three"]
         await pilot.click(Choice, offset=(16 + len("◂ three "), 0))
         assert app.heard[2:] == ["one"]
+        app.query_one(Choice).note = "default two"
+        assert app.query_one(Choice).render_line(0).text == "Of three        ◂ one ▸  defa…", (
+            "a note that is cut says so"
+        )
 
     async def run() -> None:
         app = Three()
