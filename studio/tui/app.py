@@ -278,12 +278,12 @@ class StudioApp(App[None]):
             self._configure.action_save()
 
     def _found_live(self, runs: list[RunPaths]) -> None:
-        """Open the newest run that an earlier visit left alive; begin the forecast where another screen is wanted."""
+        """Open the newest run that an earlier visit left alive. The recipe's screen begins unless a run is watched."""
         self._seen.update({paths.root: paths for paths in runs})
-        if not (runs and self._goes_to_live and self.screen is self._configure):
-            self._configure.forecast.begin()
-        else:
-            self._configure.forecast.waits = True  # it holds 4 MiB, and reads what a look at the run does not need
+        goes = bool(runs) and self._goes_to_live and self.screen is self._configure
+        # What that screen looks at takes 7 MiB.
+        self._configure.begin(waits=goes or (self._open_run is not None and self.screen is not self._configure))
+        if goes:
             self._open(runs[0])
             more = f" {len(runs)} runs are alive: o lists them." if len(runs) > 1 else ""
             self.notify(f"This run goes on from an earlier visit. Escape goes to the recipe.{more}", markup=False)

@@ -11,7 +11,7 @@ from studio.commands.open_studio import first_recipe
 from studio.tui.app import StudioApp, show
 from studio.tui.panels.data_note import DataNote
 from studio.tui.panels.field_help import FieldHelp
-from studio.tui.panels.forecast import GaugeRows
+from studio.tui.panels.forecast import MemoryGauges
 from studio.tui.panels.top_bar import TopBar
 from studio.tui.screens.configure import ConfigureScreen
 from widgets.line_plot import Curve, LinePlot
@@ -34,7 +34,7 @@ class BusyConfigure(ConfigureScreen):
     def compose(self) -> ComposeResult:
         """As the original, with plots below the forecast."""
         yield TopBar("Configure", card=self._services.card)
-        yield GaugeRows()
+        yield MemoryGauges(rows=True)
         with Vertical(id="work"):
             yield self._form
             with Vertical(id="side"):

@@ -21,7 +21,6 @@ from studio.runs.show import Summary
 from studio.tui.app import StudioApp
 from studio.tui.panels.data_note import DataNote
 from studio.tui.panels.fixes import FixList
-from studio.tui.panels.forecast import GaugeRows
 from studio.tui.screens.cards import CardScreen
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.dialogs import AskTurn, Confirm
@@ -107,7 +106,7 @@ def test_one_row_is_always_in_sight_where_there_is_room_for_little(tmp_path: Pat
         assert shown(app).splitlines()[1] != row, "the row follows"
         await pilot.resize_terminal(*WIDE)
         await settle(pilot)
-        assert not screen_of(app).query_one(GaugeRows).display
+        assert not screen_of(app).query_one("#gauge-rows").display
         assert "largest batch" in shown(app)
 
     play(story, tmp_path, size=NARROW)

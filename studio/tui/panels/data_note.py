@@ -62,11 +62,12 @@ class DataNote(Static):
             self.process, self.event = process, event
 
     def __init__(self, recipe: Recipe, *, services: Services) -> None:
-        """Begin with a recipe; nothing is looked up before the screen has stood for a moment."""
+        """Begin with a recipe; nothing is looked up before `begin`."""
         super().__init__(markup=False)
         self.border_title = "Data"
         self._recipe, self._services = recipe, services
         self._looked: tuple[Any, ...] = ()
+        self._waits = True
         self._process: ShowProcess | None = None
         self._opened: Any = None
         self._timer: Timer | None = None
@@ -77,10 +78,14 @@ class DataNote(Static):
         self._longest_tokens: int | None = None
 
     def on_mount(self) -> None:
-        """Look soon, and guess at once from the beginning of the file."""
+        """Name the file."""
         self._tell(Content(""))
+
+    def begin(self) -> None:
+        """Guess at once from the beginning of the file, and look soon."""
+        self._waits = False
         self._look_soon()
-        self.call_after_refresh(self._guess_soon)
+        self._guess_soon()
 
     def on_unmount(self) -> None:
         """End the process."""
@@ -115,7 +120,7 @@ class DataNote(Static):
     def _guess_soon(self) -> None:
         """Guess anew, where a panel has room for it and the data or what is told of it is another."""
         sought = (_ground_of(self._recipe), _cuts(self._recipe))
-        if self.size.height > 1 and sought != self._guess[0] and not self._recipe.problems():
+        if not self._waits and self.size.height > 1 and sought != self._guess[0] and not self._recipe.problems():
             self._guess = sought, self._guess[1]
             self._guess_now(self._recipe)
 
@@ -174,7 +179,8 @@ class DataNote(Static):
     def _look_soon(self) -> None:
         if self._timer is not None:
             self._timer.stop()
-        self._timer = self.set_timer(_LOOK_AFTER_SECONDS, self._look_now)
+        if not self._waits:
+            self._timer = self.set_timer(_LOOK_AFTER_SECONDS, self._look_now)
 
     def _look_now(self) -> None:
         if self._recipe.problems():

@@ -26,28 +26,42 @@ _PRICE_AFTER_SECONDS = 0.15
 _READING = "reading the model ..."
 
 
-class GaugeRows(Vertical):
-    """A row for the card's memory, and one for main memory where something waits there: all that a small screen has."""
+class MemoryGauges(Vertical):
+    """A gauge of the card's memory, and a row for main memory, made only when something waits there for the first time.
+
+    The styles of a gauge are a fifteenth of the work before the first frame.
+    """
 
     DEFAULT_CSS = """
-    GaugeRows {
+    MemoryGauges {
         height: auto;
-        & Gauge { height: 1; padding: 0 1; }
-        & #host-row { display: none; }
-        & #host-row.-shown { display: block; }
+        & .-host { height: 1; }
+        &#gauge-rows Gauge { height: 1; padding: 0 1; }
     }
     """
 
+    def __init__(self, *, rows: bool = False) -> None:
+        """Start empty; `rows` gives the card's memory one row, too, which is all that a small screen has."""
+        super().__init__(id="gauge-rows" if rows else "gauges")
+        self._labels = ("VRAM", "RAM ") if rows else ("", "RAM")
+        self._card = Gauge(unit="GiB", label=self._labels[0], id="gauge-row" if rows else "gauge")
+        self._host: Gauge | None = None
+        self.shown = Reading(), Reading()
+        """What is shown of the card and of main memory."""
+
     def compose(self) -> ComposeResult:
-        """Make both rows."""
-        yield Gauge(unit="GiB", label="VRAM", id="gauge-row")
-        yield Gauge(unit="GiB", label="RAM ", id="host-row")
+        """Make the card's."""
+        yield self._card
 
     def show(self, reading: Reading, host: Reading) -> bool:
-        """Show what the forecast's gauges show; return whether the level of the first one changed."""
-        row, beside = self.query_one("#gauge-row", Gauge), self.query_one("#host-row", Gauge)
-        before, row.reading, beside.reading = row.reading.level, reading, host
-        beside.set_class(bool(host.parts), "-shown")
+        """Show the card's memory, and main memory where something waits there. True: the card's level changed."""
+        before, self.shown = self.shown[0].level, (reading, host)
+        self._card.reading = reading
+        if self._host is None and host.parts:
+            self._host = Gauge(unit="GiB", label=self._labels[1], classes="-host")
+            self.mount(self._host)
+        if self._host is not None:
+            self._host.reading, self._host.display = host, bool(host.parts)
         return before != reading.level
 
 
@@ -66,10 +80,6 @@ class Forecast(VerticalScroll):
             border-title-style: bold;
             border-title-color: $text-primary;
         }
-        & #host { height: 1; display: none; }
-        & #host.-shown { display: block; }
-        & #host-words { color: $text-error; display: none; }
-        & #host-words.-shown { display: block; }
         & #footnote { color: $text-muted; margin: 1 0 0 0; }
     }
     """
@@ -123,8 +133,6 @@ class Forecast(VerticalScroll):
         self.forecaster: Forecaster | None = None
         self._reason = _READING
         self._keys_named = True
-        self.waits = False
-        """Whether it begins only when its screen is shown again."""
         self._longest_tokens: int | None = None
         self._fixes: tuple[list[Fix], Fix | None, bool] = [], None, False
         self._table: tuple[Sides, bool] | None = None
@@ -133,9 +141,7 @@ class Forecast(VerticalScroll):
         """Make the parts: gauge with its words, what makes it fit, table with its footnote."""
         with Vertical(id="peak-panel") as panel:
             panel.border_title = "Memory at the peak"
-            yield Gauge(unit="GiB", id="gauge")
-            yield Gauge(unit="GiB", label="RAM", id="host")
-            yield Static("", id="host-words", markup=False)
+            yield MemoryGauges()
             yield Static("", id="peak", markup=False)
         yield FixList(id="fixes")
         with Vertical(id="trade-panel") as panel:
@@ -160,16 +166,13 @@ class Forecast(VerticalScroll):
         self._find(self._recipe, self.planned)
 
     def look_again(self) -> None:
-        """Look at the card again, as runs may have come and gone; begin where that has waited for the screen."""
-        if self.waits:
-            self.begin()
-        elif self.forecaster is not None:
+        """Look at the card again, as runs may have come and gone."""
+        if self.forecaster is not None:
             self.look()
 
     @work(thread=True)
     def begin(self) -> None:
         """Look for the first time, for the card that was planned for on the last visit."""
-        self.waits = False
         planned = self._services.recall_planned()
         self.app.call_from_thread(self.look, planned)
 
@@ -303,25 +306,22 @@ class Forecast(VerticalScroll):
         from studio.tui.reading import host_words, peak_words, rows_words  # noqa: PLC0415  with the estimator
 
         warning = host_words(outlook, forecaster.ram_bytes)
-        self._update("#host-words", Content(warning))
-        self.query_one("#host-words").set_class(bool(warning), "-shown")
         rows = rows_words(self._recipe, self._longest_tokens)
         first, *others = peak_words(outlook, forecaster.device, rows, keys=self._keys_named)
-        self._update("#peak", Content.assemble(first, *((f"\n{line}", "dim") for line in others)))
+        alarm = [(f"{warning}\n", "$text-error")] if warning else []
+        self._update("#peak", Content.assemble(*alarm, first, *((f"\n{line}", "dim") for line in others)))
 
     def _show_reason(self, reason: str) -> None:
         self._show_reading(Reading(verdict=plain(reason, one_line=True, limit=200)), Reading())
-        self.query_one("#host-words").remove_class("-shown")
         self._update("#peak", Content(plain(reason) if reason != _READING else ""))
         self._update("#trade", Content(""))
         self._update("#footnote", Content(""))
         self._show_fixes([], None)
 
     def _show_reading(self, reading: Reading, host: Reading) -> None:
-        gauge, beside = self.query_one("#gauge", Gauge), self.query_one("#host", Gauge)
-        if (reading, host) != (gauge.reading, beside.reading):
-            gauge.reading, beside.reading = reading, host
-            beside.set_class(bool(host.parts), "-shown")
+        gauges = self.query_one("#gauges", MemoryGauges)
+        if (reading, host) != gauges.shown:
+            gauges.show(reading, host)
             self.post_message(self.Told(reading, host))
 
     def _price_soon(self) -> None:

@@ -37,7 +37,7 @@ from studio.tui.screens.ask_audit import (
     run_request,
     run_wishes,
 )
-from studio.tui.screens.dialogs import AskLine
+from studio.tui.screens.dialogs import AskLine, ask
 from studio.tui.services import Services
 from widgets.key_footer import KeyFooter
 from widgets.whole_table import WholeTable
@@ -299,12 +299,11 @@ class AuditScreen(Screen[None]):
         """Ask what is to be measured, then begin; `refused` is what was wrong the last time."""
         self._ask_again = partial(self._ask, what, title, wishes, make)
 
-        def take(said: dict[str, str] | None) -> None:
-            if said is not None:
-                self._said[what] = said
-                self._begin(lambda: make(said))
+        def take(said: dict[str, str]) -> None:
+            self._said[what] = said
+            self._begin(lambda: make(said))
 
-        self.app.push_screen(AskAudit(title, wishes, self._said.get(what, {}), refused=refused), take)
+        ask(self.app, AskAudit(title, wishes, self._said.get(what, {}), refused=refused), take)
 
     def _begin(self, make: Callable[[], AuditRequest]) -> None:
         self.query_one("#audit-head", Static).update("Audits: checking and starting ...")

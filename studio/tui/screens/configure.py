@@ -20,12 +20,10 @@ from studio.tui.changes import Change, Changes, Keeper
 from studio.tui.panels.data_note import DataNote
 from studio.tui.panels.field_help import FieldHelp
 from studio.tui.panels.fixes import FixList, applied_text
-from studio.tui.panels.forecast import Forecast, GaugeRows
+from studio.tui.panels.forecast import Forecast, MemoryGauges
 from studio.tui.panels.recipe_form import RecipeForm
 from studio.tui.panels.top_bar import TopBar
-from studio.tui.screens.cards import CardScreen
-from studio.tui.screens.dialogs import AskTurn, Confirm
-from studio.tui.screens.fill import ask_to_fill
+from studio.tui.screens.dialogs import AskTurn, Confirm, ask
 from studio.tui.screens.recipe_dialogs import ask_to_open, ask_to_save
 from studio.tui.services import Services
 from studio.tui.told import Abandoned, ReadingTold
@@ -36,10 +34,8 @@ from widgets.tab_row import TabRow
 if TYPE_CHECKING:
     from studio.core.fit import Fix
 
-_CHECKING = "Checking recipe, model and data, then starting ..."
 _FIRST_FIELD = "adapter.rank"
-_HUGE_CELLS, _HIGH_ROWS = 160, 50
-_KEYS_AFTER_SECONDS = 0.5
+_HUGE_CELLS, _HIGH_ROWS, _KEYS_AFTER_SECONDS = 160, 50, 0.5
 
 
 class ConfigureScreen(Screen[None]):
@@ -77,7 +73,7 @@ class ConfigureScreen(Screen[None]):
         &.-memory Forecast { display: block; }
     }
     ConfigureScreen.-wide {
-        & GaugeRows, & #tabs { display: none; }
+        & #gauge-rows, & #tabs { display: none; }
         & #work { layout: grid; }
         & RecipeForm, & FieldHelp, & DataNote { height: 100%; border: round $foreground 40%; display: block; }
         & DataNote { text-wrap: wrap; }
@@ -90,18 +86,16 @@ class ConfigureScreen(Screen[None]):
     ) -> None:
         """Open on a recipe; `source` is the user's file that it came from."""
         super().__init__()
-        self.recipe = recipe
-        self._runs_root, self._services = runs_root, services
-        self._source, self._launching = source, False
-        self._keeper = Keeper(self, recipe, services)
+        self.recipe, self._source, self._runs_root, self._services = recipe, source, runs_root, services
+        self._keeper, self._changes = Keeper(self, recipe, services), Changes()
         self._keys_timer: Timer | None = None
         self._form, self.forecast = RecipeForm(recipe), Forecast(recipe, services=services)
-        self._changes, self._left_field = Changes(), _FIRST_FIELD
+        self._left_field, self._launching, self._waits = _FIRST_FIELD, False, False
 
     def compose(self) -> ComposeResult:
         """Make the parts: bar, gauge, form, forecast, advice, keys."""
         yield TopBar("Configure", card=self._services.card)
-        yield GaugeRows()
+        yield MemoryGauges(rows=True)
         yield TabRow([("recipe", "Recipe"), ("memory", "Memory, fixes, trade")], "recipe", id="tabs")
         with Container(id="work"):
             yield self._form
@@ -119,17 +113,26 @@ class ConfigureScreen(Screen[None]):
 
     def on_screen_resume(self) -> None:
         """Look at the card again: runs may have come and gone."""
-        if self._form.is_mounted:
+        if self._waits:
+            self.begin()
+        elif self._form.is_mounted:
             self.forecast.look_again()
+
+    def begin(self, *, waits: bool = False) -> None:
+        """Look at model, card and data for the first time; where it `waits`, only when the screen is shown again."""
+        self._waits = waits
+        if not waits:
+            self.forecast.begin()
+            self.query_one(DataNote).begin()
 
     def on_recipe_form_turned(self, message: RecipeForm.Turned) -> None:
         """Take over the new value of a field."""
-        change = Change(self.recipe, self.recipe.with_(message.path, message.value))
-        self._do(change, run=message.path if message.step else "", shown=True)
+        after = self.recipe.with_(message.path, message.value)
+        self._do(after, run=message.path if message.step else "", shown=True)
 
     def on_forecast_told(self, message: Forecast.Told) -> None:
         """Show the reading in a narrow screen's row at the top, too; its level decides whether `f` is offered."""
-        if self.query_one(GaugeRows).show(message.reading, message.host):
+        if self.query_one("#gauge-rows", MemoryGauges).show(message.reading, message.host):
             self.refresh_bindings()
 
     def on_forecast_planned_for(self, message: Forecast.PlannedFor) -> None:
@@ -193,12 +196,12 @@ class ConfigureScreen(Screen[None]):
         """Ask whether to launch what does not fit all the same, or whether to wait for a card that is busy."""
         self._busy_with("")
 
-        def decide(answer: bool | None) -> None:
-            if answer is not None and recipe is self.recipe:  # a yes to this recipe is none to another
+        def decide(answer: bool) -> None:
+            if recipe is self.recipe:  # a yes to this recipe is none to another
                 # What waits has the card for itself: what is free of it now says nothing.
                 self._begin_launch(sure=answer, queue=answer and isinstance(dialog, AskTurn))
 
-        self.app.push_screen(dialog, decide)
+        ask(self.app, dialog, decide)
 
     def _name_keys(self, _: object) -> None:
         """Let the texts name keys only while these are keys, and no letters that go into a field."""
@@ -256,15 +259,13 @@ class ConfigureScreen(Screen[None]):
 
     def action_fill(self) -> None:
         """Offer settings that fill the card for an aim; what is taken is one change, which `u` takes back."""
-        self._form.after_turns(lambda: ask_to_fill(self.app, self.forecast.forecaster, self.recipe, self._refill))
+        from studio.tui.screens.fill import ask_to_fill  # noqa: PLC0415  not needed for the first frame
 
-    def _refill(self, recipe: Recipe) -> None:
-        self._do(Change(self.recipe, recipe))
+        self._form.after_turns(lambda: ask_to_fill(self.app, self.forecast.forecaster, self.recipe, self._do))
 
     def _take_fix(self, fix: "Fix | None") -> None:
-        """Make a fix and say what was changed."""
         if fix is not None:
-            self._do(Change(self.recipe, fix.made_to(self.recipe)))
+            self._do(fix.made_to(self.recipe))
             self.app.notify(applied_text(fix), markup=False)
 
     def action_choose_fix(self) -> None:
@@ -277,13 +278,12 @@ class ConfigureScreen(Screen[None]):
         """Find a field by its name or by what it does, and go to it."""
         from studio.tui.screens.find_field import FindScreen  # noqa: PLC0415  not needed for the first frame
 
-        def take(path: str | None) -> None:
-            if path is not None:
-                if self.has_class("-memory"):
-                    self.action_turn_view()
-                self._form.focus_field(path)
+        def take(path: str) -> None:
+            if self.has_class("-memory"):
+                self.action_turn_view()
+            self._form.focus_field(path)
 
-        self.app.push_screen(FindScreen(self.recipe), take)
+        ask(self.app, FindScreen(self.recipe), take)
 
     def action_undo(self) -> None:
         """Take the last change of the recipe back."""
@@ -301,12 +301,9 @@ class ConfigureScreen(Screen[None]):
 
     def action_choose_card(self) -> None:
         """Choose the card to plan for."""
+        from studio.tui.screens.cards import CardScreen  # noqa: PLC0415  not needed for the first frame
 
-        def take(name: str | None) -> None:
-            if name is not None:
-                self.forecast.plan_for(name)
-
-        self.app.push_screen(CardScreen(self.forecast.planned), take)
+        ask(self.app, CardScreen(self.forecast.planned), self.forecast.plan_for)
 
     def action_save(self) -> None:
         """Save the recipe."""
@@ -322,7 +319,7 @@ class ConfigureScreen(Screen[None]):
         ask_to_open(self.app, self.recipe, self._runs_root, self._source, self._open)
 
     def _open(self, recipe: Recipe, source: RecipeSource | None = None) -> None:
-        self._do(Change(self.recipe, recipe, self._source, source))
+        self._make(Change(self.recipe, recipe, self._source, source))
 
     def action_turn_view(self) -> None:
         """Give the forecast the arrow keys and, on a narrow screen, the place of the form; or take both back."""
@@ -335,7 +332,10 @@ class ConfigureScreen(Screen[None]):
         else:
             self._form.focus_field(self._left_field)
 
-    def _do(self, change: Change, *, run: str = "", shown: bool = False) -> None:
+    def _do(self, after: Recipe, *, run: str = "", shown: bool = False) -> None:
+        self._make(Change(self.recipe, after), run=run, shown=shown)
+
+    def _make(self, change: Change, *, run: str = "", shown: bool = False) -> None:
         """Make a change that can be undone; `run` is as in `Changes.note`, `shown` as in `_change`."""
         self._changes.note(change, run)
         self._change(change, shown=shown)
@@ -364,7 +364,7 @@ class ConfigureScreen(Screen[None]):
 
     def _begin_launch(self, *, sure: bool = False, queue: bool | None = None) -> None:
         if not self._launching and not self._show_problems():
-            self._busy_with(_CHECKING)
+            self._busy_with("Checking recipe, model and data, then starting ...")
             self._launch(self.recipe, sure, queue, self.forecast.planned)
 
     @work(thread=True)

@@ -1,9 +1,9 @@
 """What every dialog shares, and what many screens ask with: for a yes, for a line of text, for one of a list."""
 
 from collections.abc import Callable, Iterable
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
-from textual.app import ComposeResult
+from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.content import Content
@@ -45,6 +45,16 @@ class Dialog(ModalScreen[Answer]):
     def action_leave(self) -> None:
         """Close without an answer."""
         self.dismiss(None)
+
+
+def ask(app: App[Any], dialog: Dialog[Answer], take: Callable[[Answer], object]) -> None:
+    """Show a dialog and hand its answer on; escape hands nothing on."""
+
+    def closed(answer: Answer | None) -> None:
+        if answer is not None:
+            take(answer)
+
+    app.push_screen(dialog, closed)
 
 
 def start_over_question(error: NoWholeCheckpoint) -> str:

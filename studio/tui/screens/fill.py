@@ -15,8 +15,8 @@ from textual.worker import Worker, get_current_worker
 from studio.core.errors import StudioError
 from studio.core.recipe import Recipe
 from studio.tui.changes import differences
-from studio.tui.readable import gib
-from studio.tui.screens.dialogs import Dialog
+from studio.tui.readable import count, gib
+from studio.tui.screens.dialogs import Dialog, ask
 from studio.tui.told import Abandoned
 
 if TYPE_CHECKING:  # the estimator takes 0.1 s to import: a thread brings it after the first frame
@@ -51,12 +51,7 @@ def ask_to_fill(
     elif forecaster.device.gpu is None or forecaster.device.budget_bytes(recipe) is None:
         app.notify("No card is planned for: g chooses one.", severity="warning", markup=False)
     else:
-
-        def closed(chosen: Recipe | None) -> None:
-            if chosen is not None:
-                take(chosen)
-
-        app.push_screen(FillScreen(recipe, forecaster, forecaster.device.gpu), closed)
+        ask(app, FillScreen(recipe, forecaster, forecaster.device.gpu), take)
 
 
 class FillScreen(Dialog[Recipe]):
@@ -173,7 +168,7 @@ def _words(plan: "Plan | None", recipe: Recipe, forecaster: "Forecaster") -> Con
     before, after = (speed_of(forecaster.shape, setup, gpu) for setup in (forecaster.setup(recipe), chosen.setup))
     if before and after:
         times = after.expected / before.expected
-        takes += f"; {after.low:,.0f}-{after.high:,.0f} tokens/s, x{times:.2f} of now"
+        takes += f"; {count(after.low)}-{count(after.high)} tokens/s, x{times:.2f} of now"
     changed = differences(recipe, chosen.on(recipe))
     parts: _Parts = [takes, "\n  ", (", ".join(changed) or "nothing changes: the recipe is that already", "bold")]
     for one in plan.bought:

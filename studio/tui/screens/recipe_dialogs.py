@@ -12,7 +12,7 @@ from studio.core.text import plain
 from studio.runs.atomic import write_whole
 from studio.runs.last_recipe import RecipeSource, source_of
 from studio.runs.recipe_file import dump_recipe
-from studio.tui.screens.dialogs import AskLine, Confirm
+from studio.tui.screens.dialogs import AskLine, Confirm, ask
 
 _LONGEST_NAME = 60
 
@@ -24,9 +24,7 @@ def ask_to_save(app: App[None], recipe: Recipe, saved: Callable[[RecipeSource], 
         if _save(app, recipe, path):
             saved(source_of(path))
 
-    def take(word: str | None) -> None:
-        if word is None:
-            return
+    def take(word: str) -> None:
         path = target_of(word)
         if path.exists():
             question = Content(f"{plain(str(path), one_line=True)} is there already. Write over it?")
@@ -35,7 +33,7 @@ def ask_to_save(app: App[None], recipe: Recipe, saved: Callable[[RecipeSource], 
             save(path)
 
     name = f"{plain(recipe.name, one_line=True, limit=_LONGEST_NAME)}.toml"
-    app.push_screen(AskLine("Save the recipe as", name, check=target_of), take)
+    ask(app, AskLine("Save the recipe as", name, check=target_of), take)
 
 
 def ask_to_open(

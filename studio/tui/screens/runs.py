@@ -26,7 +26,7 @@ from studio.tui.panels.run_preview import FIRST_RUN, Closer, RunPreview, look_cl
 from studio.tui.panels.runs_list import GROUPS, LONGEST, RunsList, group_of, matches
 from studio.tui.readable import spark
 from studio.tui.screens.compare import MOST, CompareScreen
-from studio.tui.screens.dialogs import AskLine, Confirm, start_over_question
+from studio.tui.screens.dialogs import AskLine, Confirm, ask, start_over_question
 from studio.tui.screens.offers import OfferingScreen, offered
 from studio.tui.services import Services
 from widgets.key_footer import KeyFooter
@@ -289,13 +289,8 @@ class RunsScreen(OfferingScreen[None]):
         info = self._chosen
         if info is None:
             return
-
-        def take(text: str | None) -> None:
-            if text is not None:
-                self._write_note(info, text)
-
-        name = plain(info.name, one_line=True, limit=LONGEST)
-        self.app.push_screen(AskLine(f"A note on {name}", info.note, check=check_note), take)
+        dialog = AskLine(f"A note on {plain(info.name, one_line=True, limit=LONGEST)}", info.note, check=check_note)
+        ask(self.app, dialog, lambda text: self._write_note(info, text))
 
     def to_copy(self) -> Copied | None:
         """Return the place of the chosen run."""

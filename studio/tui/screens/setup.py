@@ -27,6 +27,7 @@ from studio.tui.panels.data_text import readable_text
 from studio.tui.panels.setup_step import SetupStep
 from studio.tui.screens.cards import CardScreen
 from studio.tui.screens.columns import ColumnsScreen
+from studio.tui.screens.dialogs import ask
 from studio.tui.services import Services
 from studio.tui.setup_texts import HERE, OTHER, Lookup, Seen, SetupDone, Then
 from studio.tui.told import Abandoned, ReadingTold
@@ -320,22 +321,21 @@ class SetupScreen(Screen[SetupDone | None]):
             )
 
     def _choose_card(self) -> None:
-        def take(name: str | None) -> None:
-            if name is not None:
-                self.answers = replace(self.answers, card=name)
-                self._offer_cards()
-                self._go_on(self.answers)
+        def take(name: str) -> None:
+            self.answers = replace(self.answers, card=name)
+            self._offer_cards()
+            self._go_on(self.answers)
 
-        self.app.push_screen(CardScreen(self.answers.card), take)
+        ask(self.app, CardScreen(self.answers.card), take)
 
     def _choose_columns(self, answers: Answers, columns: tuple[tuple[str, str], ...]) -> None:
-        def take(chosen: Pairs | None) -> None:
-            if chosen is not None and self.step == "data":
+        def take(chosen: Pairs) -> None:
+            if self.step == "data":
                 self._keep(replace(answers, columns=chosen))
                 self._wanted = answers.data
                 self._look("data", self.answers)
 
-        self.app.push_screen(ColumnsScreen(columns), take)
+        ask(self.app, ColumnsScreen(columns), take)
 
     def _offer_cards(self) -> None:
         self._step("machine").offer(texts.card_options(self.answers.card), self.answers.card or HERE)
