@@ -48,7 +48,7 @@ class RunHeader(Container):
             grid-rows: 1;
             grid-gutter: 0 1;
         }
-        &.-one-row > #figures { height: 1; grid-size: 7 1; }
+        &.-one-row > #figures { height: 1; grid-size: 7 1; grid-columns: 13fr 15fr 12fr 11fr 14fr 11fr 10fr; }
         &.-no-steps > #figures { display: none; }
     }
     """
