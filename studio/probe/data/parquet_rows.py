@@ -24,7 +24,6 @@ from studio.probe.data.opened import MAX_LINE_BYTES, Progress
 from studio.probe.data.opened import free_bytes as _free_bytes
 from studio.probe.data.reading import AS_IT_IS, Reading
 
-MAGIC = b"PAR1"
 MAX_ROWS = 20_000_000
 """More than any fine-tuning set has. An empty row takes no room in the file, but time and memory when it is read."""
 MAX_VALUES = 200_000_000
