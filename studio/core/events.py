@@ -15,6 +15,19 @@ dpo less that under the base; the margin is the chosen reward less the rejected 
 whose margin is above 0.
 """
 
+MEMORY_FIELDS = (
+    "allocated_bytes",
+    "reserved_bytes",
+    "peak_bytes",
+    "device_bytes",
+    "resident_bytes",
+    "resident_peak_bytes",
+)
+"""What a `MemorySeen` may tell."""
+
+SILENT = "silent"
+"""Topic of a warning that a training told nothing for long. It comes from a watchdog: it is no sign of life."""
+
 SCHEMA = 1
 """Number at the start of every line, to be raised when an older reader would misread the lines of a newer writer."""
 

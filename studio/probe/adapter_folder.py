@@ -12,9 +12,8 @@ from studio.core.errors import BadInput
 from studio.core.text import plain
 from studio.probe.safetensors_file import SafetensorsHeader, read_header
 from studio.runs.checkpoints import ADAPTER_TENSORS, INITIAL_TENSORS, checkpoint_folders, damage_of, step_of
-from studio.runs.history import History
 from studio.runs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RunPaths
-from studio.runs.log import read_events
+from studio.runs.watch import read_history
 
 _PICKLE = "adapter_model.bin"
 _MOST_CONFIG_BYTES = 10 * 2**20
@@ -105,9 +104,7 @@ def list_checkpoints(paths: RunPaths) -> list[Checkpoint]:
 
     The adapter's files in each checkpoint are read and compared with the checksums of when they were saved.
     """
-    history = History()
-    if paths.events.is_file():
-        history.fold(read_events(paths.events))
+    history = read_history(paths)
     losses = {event.step: event.loss for event in history.evals if math.isfinite(event.loss)}
     found = [
         Checkpoint(step, folder, losses.get(step), damage_of(folder, (ADAPTER_TENSORS, INITIAL_TENSORS)))

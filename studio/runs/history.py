@@ -8,9 +8,13 @@ import math
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 from studio.core.events import (
+    MEMORY_FIELDS,
     PAIR_FIGURES,
+    SILENT,
     Evaluated,
     Failed,
     Finished,
@@ -28,15 +32,13 @@ from studio.core.events import (
     StepDone,
     Warned,
 )
+from studio.runs.log import event_from_line
+from studio.runs.log_index import Block, read_lines
 
-_MEMORY_FIELDS = (
-    "allocated_bytes",
-    "reserved_bytes",
-    "peak_bytes",
-    "device_bytes",
-    "resident_bytes",
-    "resident_peak_bytes",
-)
+RECENT_STEPS = 20
+"""Steps over which the pace is measured."""
+
+_Kind = TypeVar("_Kind", bound=RunEvent)
 
 
 def _integers() -> "array[int]":
@@ -47,9 +49,41 @@ def _floats() -> "array[float]":
     return array("d")
 
 
+class Taken(NamedTuple):
+    """A block of the log in a series: only some of its entries are there.
+
+    Attributes:
+        place: The index of the first of them.
+        points: How many there are.
+        block: The block.
+        log: Where the others can be read.
+    """
+
+    place: int
+    points: int
+    block: Block
+    log: Path
+
+    @property
+    def behind(self) -> int:
+        """The index behind the last of them."""
+        return self.place + self.points
+
+    def events(self, kind: type[_Kind]) -> list[_Kind]:
+        """Return all events of a kind in the block; none where the log is gone."""
+        name = kind.kind.encode()
+        lines = read_lines(self.log, [(self.block.begin, self.block.end)])
+        events = (event_from_line(line) for piece in lines for line in piece.split(b"\n") if name in line)
+        return [event for event in events if isinstance(event, kind)]
+
+
 @dataclass(slots=True)
 class TrainSeries:
-    """One entry per optimizer step, in order of steps. A loss or norm may be NaN or infinite, as it was."""
+    """Optimizer steps, in order. A loss or norm may be NaN or infinite, as it was.
+
+    Of a log that has an index the last steps are all here, and of each block before them some: first, last, lowest and
+    highest loss.
+    """
 
     steps: "array[int]" = field(default_factory=_integers)
     losses: "array[float]" = field(default_factory=_floats)
@@ -59,7 +93,22 @@ class TrainSeries:
     seconds: "array[float]" = field(default_factory=_floats)
     at: "array[float]" = field(default_factory=_floats)
     pairs: "dict[str, array[float]]" = field(default_factory=dict)
-    """By the names of `PAIR_FIGURES`, where steps learn from pairs of answers; else empty. An unknown one is NaN."""
+    """By the names of `PAIR_FIGURES`, where steps learn from pairs of answers; else empty. An unknown one is NaN; of a
+    block each kept step has the means over the block."""
+    blocks: "list[Taken]" = field(default_factory=list)
+
+    @property
+    def all_tokens(self) -> int:
+        """Tokens of all steps, also of those that are not here."""
+        return sum(self.tokens) + sum(taken.block.tokens_between for taken in self.blocks)
+
+    def levels(self, begin: int = 0) -> "array[float]":
+        """Return the losses from an index on, for a mean over them: of a block's steps each has the block's mean."""
+        levels = self.losses[begin:]
+        for taken in self.blocks:
+            for place in range(max(taken.place, begin), taken.behind):
+                levels[place - begin] = taken.block.mean_loss
+        return levels
 
     def append(self, event: StepDone) -> None:
         """Add a step in place of the same and any later one."""
@@ -71,25 +120,67 @@ class TrainSeries:
         self.tokens.append(event.tokens)
         self.seconds.append(event.seconds)
         self.at.append(event.at)
-        if event.margin is not None and not self.pairs:
-            self.pairs = {name: array("d", [math.nan] * (len(self.steps) - 1)) for name in PAIR_FIGURES}
+        if event.margin is not None:
+            self._have_pairs(len(self.steps) - 1)
         for name, figures in self.pairs.items():
             value = getattr(event, name)
             figures.append(math.nan if value is None else value)
 
+    def take(self, block: Block, log: Path) -> None:
+        """Add the steps of a block of the log, in place of the same and any later ones."""
+        if not block.steps:
+            return
+        self.cut_from(block.first_step)
+        taken = Taken(len(self.steps), len(block.points), block, log)
+        self.blocks.append(taken)
+        for series, values in zip(self._plain(), zip(*block.points, strict=True), strict=True):
+            series.extend(values)
+        if block.mean_pairs:
+            self._have_pairs(taken.place)
+        for place, figures in enumerate(self.pairs.values()):
+            figures.extend([block.mean_pairs[place] if block.mean_pairs else math.nan] * taken.points)
+
     def cut_from(self, step: int) -> None:
         """Drop this step and all after it."""
+        while self.blocks and self.blocks[-1].block.last_step >= step:
+            taken = self.blocks.pop()
+            self._keep(taken.place)
+            if taken.block.first_step < step:
+                for event in taken.events(StepDone):
+                    self.append(event)
         keep = _kept(self.steps, step)
         if keep < len(self.steps):
-            for series in (self.steps, self.losses, self.lrs, self.grad_norms, self.tokens, self.seconds, self.at):
-                del series[keep:]
-            for figures in self.pairs.values():
-                del figures[keep:]
+            self._keep(keep)
+
+    def settle(self) -> None:
+        """See to it that the last steps are here one by one, and not only some of them."""
+        while self.blocks and len(self.steps) - self.blocks[-1].behind < RECENT_STEPS:
+            taken = self.blocks.pop()
+            every = [*self._plain(), *self.pairs.values()]
+            rest = [series[taken.behind :] for series in every]
+            self._keep(taken.place)
+            for event in taken.events(StepDone):
+                self.append(event)
+            for series, values in zip(every, rest, strict=True):
+                series.extend(values)
+
+    def _plain(self) -> "tuple[array[Any], ...]":
+        return self.steps, self.losses, self.lrs, self.grad_norms, self.tokens, self.seconds, self.at
+
+    def _have_pairs(self, before: int) -> None:
+        self.pairs = self.pairs or {name: array("d", [math.nan] * before) for name in PAIR_FIGURES}
+
+    def _keep(self, count: int) -> None:
+        for series in (*self._plain(), *self.pairs.values()):
+            del series[count:]
 
 
 @dataclass(slots=True)
 class MemorySeries:
-    """One entry per reading, in order. Bytes; what was not available is NaN, so that a plot shows a gap."""
+    """Memory readings, in order. Bytes; what was not available is NaN, so that a plot shows a gap.
+
+    Of a log that has an index these are some of the readings, the highest ones among them.
+    """
 
     steps: "array[int]" = field(default_factory=_integers)
     stages: list[str] = field(default_factory=list)
@@ -99,22 +190,43 @@ class MemorySeries:
     device_bytes: "array[float]" = field(default_factory=_floats)
     resident_bytes: "array[float]" = field(default_factory=_floats)
     resident_peak_bytes: "array[float]" = field(default_factory=_floats)
-    last: MemorySeen | None = None
+    blocks: "list[Taken]" = field(default_factory=list)
 
     def append(self, event: MemorySeen) -> None:
         """Add a reading."""
         self.steps.append(event.step)
         self.stages.append(event.stage)
-        for name in _MEMORY_FIELDS:
+        for name in MEMORY_FIELDS:
             value = getattr(event, name)
             getattr(self, name).append(math.nan if value is None else value)
-        self.last = event
+
+    def take(self, block: Block, log: Path) -> None:
+        """Add the readings of a block of the log."""
+        if block.readings:
+            self.blocks.append(Taken(len(self.steps), len(block.readings), block, log))
+            steps, stages, *figures = zip(*block.readings, strict=True)
+            self.steps.extend(steps)
+            self.stages.extend(stages)
+            for name, values in zip(MEMORY_FIELDS, figures, strict=True):
+                getattr(self, name).extend([math.nan if value is None else value for value in values])
 
     def cut_from(self, step: int) -> None:
         """Drop the readings of this step and of all after it."""
-        keep = _kept(self.steps, step)
-        for name in ("steps", "stages", *_MEMORY_FIELDS):
-            del getattr(self, name)[keep:]
+        while self.blocks:
+            taken = self.blocks[-1]
+            self._keep(max(_kept(self.steps, step), taken.behind))
+            if len(self.steps) > taken.behind or self.steps[-1] < step:
+                return
+            self.blocks.pop()
+            self._keep(taken.place)
+            if taken.block.least_reading_step < step:
+                for event in taken.events(MemorySeen):
+                    self.append(event)
+        self._keep(_kept(self.steps, step))
+
+    def _keep(self, count: int) -> None:
+        for name in ("steps", "stages", *MEMORY_FIELDS):
+            del getattr(self, name)[count:]
 
 
 def _kept(steps: "array[int]", step: int) -> int:
@@ -125,10 +237,6 @@ def _kept(steps: "array[int]", step: int) -> int:
     return keep
 
 
-SILENT = "silent"
-"""Topic of a warning that a training told nothing for long. It comes from a watchdog: it is no sign of life."""
-_RATE_STEPS = 20
-"""Steps over which the pace is measured."""
 _MOST_WARNINGS = 1000
 
 
@@ -182,6 +290,18 @@ class History:
         """Take in further events, in the order of the log."""
         for event in events:
             self._take(event)
+        self.train.settle()
+
+    def fold_blocks(self, blocks: Iterable[Block], log: Path) -> None:
+        """Take in the next blocks of the log in place of their events. `fold` what follows them, be it nothing."""
+        for block in blocks:
+            for line in read_lines(log, block.rare) if block.rare else ():
+                if event := event_from_line(line):
+                    self._take(event)
+            self.train.take(block, log)
+            self.memory.take(block, log)
+            self.unknown += block.unknown
+            self.last_at = block.last_at or self.last_at
 
     @property
     def total_steps(self) -> int | None:
@@ -217,13 +337,13 @@ class History:
     @property
     def tokens_per_second(self) -> float | None:
         """Real tokens per second of the last steps; None before the first."""
-        seconds = sum(self.train.seconds[-_RATE_STEPS:])
-        return sum(self.train.tokens[-_RATE_STEPS:]) / seconds if seconds > 0 else None
+        seconds = sum(self.train.seconds[-RECENT_STEPS:])
+        return sum(self.train.tokens[-RECENT_STEPS:]) / seconds if seconds > 0 else None
 
     @property
     def seconds_per_step(self) -> float | None:
         """Mean duration of the last steps; None before the first."""
-        window = self.train.seconds[-_RATE_STEPS:]
+        window = self.train.seconds[-RECENT_STEPS:]
         return sum(window) / len(window) if window else None
 
     @property

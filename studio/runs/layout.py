@@ -49,6 +49,11 @@ class RunPaths:
         return self.root / "events.jsonl"
 
     @property
+    def index(self) -> Path:
+        """What stands where in a long log, for readers of it; it can be deleted, and is made again."""
+        return self.root / "events.index"
+
+    @property
     def output(self) -> Path:
         """What the worker's process printed."""
         return self.root / "output.log"
@@ -192,7 +197,7 @@ class RunPaths:
 _ANY = RunPaths(Path())
 _READ = {path.name for path in (_ANY.recipe, _ANY.events, _ANY.plan, _ANY.output, _ANY.process, _ANY.launch)}
 _READ |= {path.name for path in (_ANY.report, _ANY.next, _ANY.note, _ANY.identity, _ANY.held_out)}
-_READ.add(_ANY.system_prompt.name)
+_READ |= {_ANY.system_prompt.name, _ANY.index.name}
 """The names of the files that are read of a run to list or show it."""
 
 

@@ -10,13 +10,26 @@ import os
 import threading
 import time
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from studio.core.events import KINDS, Failed, Finished, RunEvent, Saved, Unknown, event_from_dict, event_to_dict
+from studio.core.events import (
+    KINDS,
+    Failed,
+    Finished,
+    MemorySeen,
+    RunEvent,
+    Saved,
+    StepDone,
+    Unknown,
+    event_from_dict,
+    event_to_dict,
+)
 from studio.runs.disk import disk_failure
+from studio.runs.log_index import Block, IndexFile, IndexMaker, read_index
 
 TERMINAL = (Failed, Finished)
 _DURABLE = (*TERMINAL, Saved)
@@ -46,6 +59,10 @@ class EventWriter:
         self._size = os.fstat(self._descriptor).st_size
         if self._size and not _ends_with_newline(self._descriptor, self._size):
             self._append(b"\n")
+        blocks = read_index(index_of(path), path)
+        self._index, self._maker = IndexFile(index_of(path), blocks), IndexMaker(blocks[-1].end if blocks else 0)
+        for block in blocks_of(path, self._maker):
+            self._index.append(block)
 
     def emit(self, kind: type[RunEvent], **fields: Any) -> RunEvent:
         """Stamp an event with the clock, write it and return it; see `write`."""
@@ -71,9 +88,13 @@ class EventWriter:
         """
         kept = tuple(events)
         # One piece of bytes for all lines: where the disk takes only a part of it, all of it is taken back.
-        data = b"".join(_line_of(event) for event in kept)
+        lines = [_line_of(event) for event in kept]
         with self._lock:
-            self._append(data, durable=any(isinstance(event, _DURABLE) for event in kept))
+            indexed = self._maker.end == self._size
+            self._append(b"".join(lines), durable=any(isinstance(event, _DURABLE) for event in kept))
+            for event, line in zip(kept, lines, strict=True) if indexed else ():
+                for block in self._maker.take(_as_read(event, line), line):
+                    self._index.append(block)
 
     def close(self) -> None:
         """Close the log; closing twice is closing once."""
@@ -103,6 +124,7 @@ class EventTail:
     """A reader that follows a log from where it stopped.
 
     Attributes:
+        offset: How many bytes of the file were returned.
         restarts: How often the file was replaced or cut since the first read. Events from before then no longer count.
     """
 
@@ -110,7 +132,7 @@ class EventTail:
         """Follow a log from this byte on, where a line begins."""
         self.path = path
         self.restarts = 0
-        self._offset = begin
+        self.offset = begin
         self._inode: int | None = None
         self._inside_long_line = False
 
@@ -124,7 +146,7 @@ class EventTail:
             with self.path.open("rb") as file:
                 status = os.fstat(file.fileno())
                 self._notice_replacement(status)
-                file.seek(self._offset)
+                file.seek(self.offset)
                 chunk = file.read(limit)
                 if limit < _LONGEST_LINE_BYTES and len(chunk) == limit and b"\n" not in chunk:
                     chunk += file.read(_LONGEST_LINE_BYTES - limit)  # a line longer than the poll
@@ -133,20 +155,25 @@ class EventTail:
             return []
         return [event for line in self._whole_lines(chunk, limit) if (event := event_from_line(line)) is not None]
 
+    def skip_to(self, offset: int) -> None:
+        """Read from a byte on, at which a line begins; what stands before it counts as read."""
+        with suppress(OSError):
+            self._inode, self.offset = self.path.stat().st_ino, offset
+
     @property
     def behind_bytes(self) -> int:
         """Bytes of the file that were not returned yet, a torn last line included."""
         try:
-            return max(0, self.path.stat().st_size - self._offset)
+            return max(0, self.path.stat().st_size - self.offset)
         except OSError:
             return 0
 
     def _notice_replacement(self, status: os.stat_result) -> None:
         # Another file in its place has another inode; one that was cut in place is shorter than what was read.
         replaced = self._inode is not None and status.st_ino != self._inode
-        if replaced or status.st_size < self._offset:
+        if replaced or status.st_size < self.offset:
             self.restarts += 1
-            self._offset, self._inside_long_line = 0, False
+            self.offset, self._inside_long_line = 0, False
         self._inode = status.st_ino
 
     def _whole_lines(self, chunk: bytes, limit: int) -> list[bytes]:
@@ -156,13 +183,13 @@ class EventTail:
         """
         end = chunk.rfind(b"\n") + 1
         if end:
-            self._offset += end
+            self.offset += end
             lines = chunk[:end].split(b"\n")[:-1]
             skipped, self._inside_long_line = self._inside_long_line, False
             return lines[1:] if skipped else lines
         if len(chunk) < limit:
             return []  # no line end yet: the writer is not done with it, so it is read again from its beginning
-        self._offset += len(chunk)
+        self.offset += len(chunk)
         first, self._inside_long_line = not self._inside_long_line, True
         return [chunk[:_KEPT_OF_BAD_LINE]] if first else []
 
@@ -177,6 +204,32 @@ def read_events(path: Path) -> list[RunEvent]:
         before = tail.behind_bytes
         events.extend(tail.poll())
     return events
+
+
+def index_of(path: Path) -> Path:
+    """Return where the index of a log lies."""
+    return path.with_suffix(".index")
+
+
+def blocks_of(path: Path, maker: IndexMaker) -> Iterator[Block]:
+    """Yield the blocks of a log from where a maker of its index stands; the lines after the last are left with it.
+
+    It stops before a line that is longer than a poll reads, which is none of ours.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(maker.end)
+            while (line := file.readline(POLL_BYTES)).endswith(b"\n"):
+                yield from maker.take(event_from_line(line[:-1]), line)
+    except OSError:
+        return
+
+
+def _as_read(event: RunEvent, line: bytes) -> RunEvent | None:
+    """Return what a reader makes of an event's line. The commonest ones are read as they were written."""
+    if isinstance(event, (StepDone, MemorySeen)) and len(line) <= MOST_LINE_BYTES and well_typed(event):
+        return event
+    return event_from_line(line[:-1])
 
 
 def event_from_line(line: bytes) -> RunEvent | None:

@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Self
 
-from studio.core.events import Warned
+from studio.core.events import SILENT, Warned
 from studio.core.text import duration_text
-from studio.runs.history import SILENT, History
+from studio.runs.history import History
 from studio.runs.status import Status
 
 if TYPE_CHECKING:

@@ -69,7 +69,7 @@ def summary_of(paths: RunPaths, history: History, status: Status, now: float | N
         else [one.told() for one in tries_of(paths, history, gain["improved"])],
         "objective": history.objective if started and started.job == "train" else None,
         "pairs": pairs_of(history),
-        "tokens": sum(history.train.tokens),
+        "tokens": history.train.all_tokens,
         "tokens_per_second": _number(history.tokens_per_second),
         "left_out": history.planned.left_out if history.planned else {},
         "seconds": _number(history.seconds),

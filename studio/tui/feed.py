@@ -74,8 +74,9 @@ class RunFeed:
 
     def look(self) -> Glance:
         """Return what is new. Of a long log it reads a slice only, which is cheap enough for the thread that draws."""
+        self._watch.take_index()
         events = self._watch.poll(_BYTES_PER_LOOK)
-        behind = self._watch.behind and bool(events)
+        behind = self._watch.behind > 0 and bool(events)
         self._looks += 1
         only_steps = all(isinstance(event, (StepDone, MemorySeen)) for event in events)
         # To find the status, the end of the log is read again, which takes some 10 ms. New steps show that the worker

@@ -19,9 +19,9 @@ from studio.runs.atomic import read_object
 from studio.runs.history import History
 from studio.runs.job import read_job
 from studio.runs.layout import RunPaths
-from studio.runs.log import read_events
 from studio.runs.recipe_file import dump_recipe
 from studio.runs.summary import gain_of
+from studio.runs.watch import read_history
 
 CARD = "README.md"
 _LONGEST_AUDIT = 8000
@@ -42,13 +42,12 @@ def training_of(run: str) -> Training:
     """Return recipe, history and audit of a training run, as far as they can still be read."""
     if not run:
         return Training()
-    paths, history = RunPaths(Path(run)), History()
+    paths = RunPaths(Path(run))
     try:
         recipe = read_job(paths, Recipe)
-        history.fold(read_events(paths.events))
     except (StudioError, OSError):
         return Training()
-    return Training(recipe, history, read_object(paths.audit) or None)
+    return Training(recipe, read_history(paths), read_object(paths.audit) or None)
 
 
 def adapter_card(adapter: AdapterFound, name: str, training: Training) -> str:
@@ -151,7 +150,7 @@ def _figures(training: Training) -> list[str]:
         rows.append(f"- data: {plain(names, one_line=True)}, {learnt} learnt")
     if history.planned:
         rows.append(f"- rows: {history.planned.rows} trained on, {history.planned.held_out_rows} held out")
-    if tokens := sum(history.train.tokens):
+    if tokens := history.train.all_tokens:
         rows.append(f"- tokens seen: {tokens:,}")
     if len(history.train.losses):
         first, last = history.train.losses[0], history.train.losses[-1]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from studio.core.errors import BadInput, StudioError
-from studio.core.events import Phase, Sampled, Warned
+from studio.core.events import Phase, Warned
 from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.jobs.base.load import FourBit, base_folder, four_bit_of
@@ -26,8 +26,8 @@ from studio.probe.merge import base_of_merge, check_merge, refuse_quantised
 from studio.probe.models import BaseFound
 from studio.runs.job import read_job
 from studio.runs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RunPaths
-from studio.runs.log import read_events
 from studio.runs.requests import MergeRequest
+from studio.runs.watch import read_history
 from studio.runs.worker import Worker
 
 _MOST_TEXTS = 6
@@ -96,8 +96,8 @@ def shown_by(run: str) -> list[tuple[str, str]]:
     if not run or not RunPaths(Path(run)).events.is_file():
         return []
     seen: dict[int, tuple[str, str]] = {}
-    for event in read_events(RunPaths(Path(run)).events):
-        if isinstance(event, Sampled) and event.prompt.strip():
+    for event in read_history(RunPaths(Path(run))).samples:
+        if event.prompt.strip():
             seen[event.index] = (event.prompt, event.expected)
     return list(seen.values())[:_MOST_TEXTS]
 

@@ -230,7 +230,7 @@ def table_text(rows: list[StageRow], history: History) -> Content:
             parts += [f"{name:14}{gib(predicted):>11} {bracket}", (f"{figure}\n", style)]
     measured = any(row.measured is not None for row in rows)
     if not measured:
-        resident = history.memory.last.resident_peak_bytes if history.memory.last is not None else None
+        resident = next((value for value in history.memory.resident_peak_bytes[-1:] if math.isfinite(value)), None)
         on_cpu = device == "cpu"
         seen = f" The process held {gib(resident)} GiB at most, libraries included." if resident else ""
         why = "A CPU counts no tensors." if on_cpu else "Nothing was measured yet."

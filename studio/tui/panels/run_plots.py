@@ -136,7 +136,7 @@ class RunPlots(Container):
             self._smoother = Smoother(_kept_share(history.total_steps))
         losses = train.losses[begin:]
         _hand_on(self._loss, "train", begin, train.steps[begin:], losses)
-        _hand_on(self._loss, "mean", begin, train.steps[begin:], self._smoother.feed(losses))
+        _hand_on(self._loss, "mean", begin, train.steps[begin:], self._smoother.feed(train.levels(begin)))
         steps = [event.step for event in history.evals]
         begin = self._held_out_cursor.start(steps, history.started)
         _hand_on(self._loss, "held_out", begin, steps[begin:], [event.loss for event in history.evals[begin:]])

@@ -15,17 +15,17 @@ from studio.core.text import plain
 from studio.runs.history import History
 from studio.runs.job import read_job
 from studio.runs.log_parts import sample_steps
-from studio.runs.status import file_bytes
 from studio.runs.store import RunInfo
 from studio.runs.summary import differing_fields, gain_of
-from studio.runs.watch import read_history
+from studio.runs.watch import RunWatch
 from studio.tui.panels.outcome import TRAIN
 from studio.tui.panels.runs_list import GLYPHS, LONGEST, group_of
 from studio.tui.readable import duration, number, setting
 from widgets.line_plot import Curve, LinePlot
 
-_READ_WHOLE_BYTES = 512 * 1024
-"""A log of about 4000 steps is read whole, which takes some 40 ms (`studio/tui/feed.py`); of a longer one a sample."""
+_READ_WHOLE_BYTES = 640 * 1024
+"""About 4000 steps are read whole, which takes some 40 ms (`studio/tui/feed.py`); of a log with more of them behind its
+index a sample."""
 _LONGEST = 400
 FIRST_RUN = "\n\n".join(
     (
@@ -47,7 +47,7 @@ class Closer:
     Attributes:
         info: Its line.
         recipe: What it was trained from; None for other jobs, or where it cannot be read.
-        history: What it told; None where its log is long.
+        history: What it told; None where its log is long and has no index.
         curve: Steps and losses.
         before: The name of the training before it; empty where there is none.
         differing: The fields in which the recipes of both differ: path, the value before, the value now.
@@ -65,8 +65,10 @@ def look_closer(info: RunInfo, before: RunInfo | None) -> Closer:
     """Read a run, and the recipe of the training before it. It takes some 40 ms: ask from a thread."""
     history: History | None = None
     curve: tuple[Sequence[int], Sequence[float]]
-    if file_bytes(info.paths.events) <= _READ_WHOLE_BYTES:
-        history = read_history(info.paths)
+    watch = RunWatch(info.paths)
+    watch.take_index()
+    if watch.behind <= _READ_WHOLE_BYTES:
+        history = watch.catch_up()
         curve = (list(history.train.steps), list(history.train.losses))
     else:
         sample = sample_steps(info.paths.events)
