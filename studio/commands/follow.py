@@ -24,7 +24,7 @@ from studio.commands.terminal import (
     write_json,
 )
 from studio.core.errors import StudioError
-from studio.core.events import Evaluated, Paused, Phase, Planned, RunEvent, Saved, Started, StepDone, Warned
+from studio.core.events import Changed, Evaluated, Paused, Phase, Planned, RunEvent, Saved, Started, StepDone, Warned
 from studio.core.left_out import left_out_in_words
 from studio.core.notice import desktop_notice
 from studio.core.preferences import preferred_in_words
@@ -180,6 +180,21 @@ def _started(event: Started) -> str:
     return f"started: {known}{after}"
 
 
+def _changed(event: Changed) -> str:
+    # A log may hold anything: what is not as declared is shown as it is.
+    fields = [f"{path}: {_pair(values)}" for path, values in event.recipe.items()]
+    more = [_added(one) if isinstance(one, dict) else str(one) for one in event.extensions]
+    return plain(f"unlike at its first start: {', '.join([*fields, *more])}", one_line=True, limit=400)
+
+
+def _pair(values: object) -> str:
+    return " -> ".join(map(str, values)) if isinstance(values, list) else str(values)
+
+
+def _added(extension: Mapping[str, Any]) -> str:
+    return f"{extension.get('steps')} steps added after step {extension.get('after')} ({extension.get('tail')})"
+
+
 def _planned(event: Planned) -> str:
     words = [plain(word, one_line=True, limit=80) for word in (event.device, event.dtype, event.loss_path)]
     left_out = f"{told}, " if (told := plain(left_out_in_words(event.left_out), one_line=True, limit=400)) else ""
@@ -224,6 +239,7 @@ def _phase_line(event: Phase) -> str:
 
 _LINES: dict[str, Callable[[Any], str]] = {
     "Started": _started,
+    "Changed": _changed,
     "Planned": _planned,
     "Evaluated": _evaluated,
     "Saved": _saved,

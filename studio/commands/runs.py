@@ -4,6 +4,7 @@ import argparse
 import importlib
 
 from studio.commands.options import add_json, add_restarts, add_run, add_runs_dir
+from studio.core.schedule import TAILS
 
 _VERBS = {
     "list": ("all runs, newest first", "runs_list", "list_all"),
@@ -12,6 +13,7 @@ _VERBS = {
     "stop": ("ask a run to save and stop", "runs_control", "stop_run"),
     "pause": ("let a run wait after its current step", "runs_control", "pause"),
     "resume": ("continue a paused, stopped, failed or crashed run", "runs_control", "resume_run"),
+    "extend": ("let a finished, stopped or crashed training train longer", "runs_control", "extend_run"),
     "rm": ("delete runs with their checkpoints and adapters", "runs_control", "remove"),
     "note": ("write a few words on a run, or show them", "runs_control", "note"),
     "queue": ("the runs that wait for a card: list, move, cancel, resume", "runs_queue", "queue"),
@@ -60,10 +62,27 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
             )
             parser.add_argument("--queue", action="store_true", help="wait in the queue until its card is free")
             add_restarts(parser)
+        if verb == "extend":
+            _add_extend(parser)
         if verb == "note":
             parser.add_argument("text", nargs="?", help='the words; "" takes the note away; none shows it')
         add_json(parser)
         add_runs_dir(parser)
+
+
+def _add_extend(parser: argparse.ArgumentParser) -> None:
+    longer = parser.add_mutually_exclusive_group(required=True)
+    longer.add_argument("--steps", type=int, default=0, metavar="N", help="how many further optimizer steps")
+    longer.add_argument("--epochs", type=float, default=0.0, metavar="N", help="how many further passes over the rows")
+    parser.add_argument(
+        "--schedule",
+        choices=list(TAILS),
+        help="how the learning rate goes on beyond the plan: "
+        + "; ".join(f"{tail}: it {words}" for tail, words in TAILS.items())
+        + ". Without it: constant where the recipe's schedule is, else rewarm",
+    )
+    parser.add_argument("--detach", action="store_true", help="return as soon as the worker runs")
+    parser.add_argument("--queue", action="store_true", help="wait in the queue until its card is free")
 
 
 def _add_queue(parser: argparse.ArgumentParser) -> None:

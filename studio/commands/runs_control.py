@@ -1,9 +1,11 @@
-"""The verbs that do something to a run: attach, stop, pause, resume, rm."""
+"""The verbs that do something to a run: attach, stop, pause, resume, extend, rm."""
 
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 from studio.commands.follow import End, conclude, event_line, follow
 from studio.commands.options import root_of, run_of
@@ -110,17 +112,37 @@ def resume_run(args: argparse.Namespace) -> int:
         return NO
     from studio.launch.start import resume as start_again  # noqa: PLC0415  0.1 s that other verbs need not pay
 
+    def again(**given: Any) -> None:
+        start_again(paths, from_start=args.from_start, step=args.checkpoint, restarts=args.restarts, **given)
+
+    return _go_on(args, paths, again)
+
+
+def extend_run(args: argparse.Namespace) -> int:
+    """Let a training that has ended train longer, and follow it; what will be done is told before it starts.
+
+    Raises:
+        BadInput: There is no such run, it lives, it is no training, or nothing is left of it to go on from.
+        StudioError: The worker cannot be started.
+    """
+    from studio.launch.start import extend  # noqa: PLC0415  as above
+    from studio.runs.extension import Wish  # noqa: PLC0415  as above
+
+    wish = Wish(args.steps, args.epochs, args.schedule)
+    paths = run_of(args)
+
+    def tell(words: str) -> None:
+        say(f"{paths.name}: {words}", to=sys.stderr if args.json else sys.stdout)
+
+    return _go_on(args, paths, lambda **given: extend(paths, wish, told=tell, **given))
+
+
+def _go_on(args: argparse.Namespace, paths: RunPaths, start_again: Callable[..., object]) -> int:
+    """Start the worker of a run that has ended, and follow it unless it was detached."""
     check_space(paths.root)
     watch = RunWatch(paths)
     watch.catch_up()  # so that nothing from before the resume is told again
-    start_again(
-        paths,
-        module=args.modules.get(kind_of_run(paths)),
-        from_start=args.from_start,
-        step=args.checkpoint,
-        queue=args.queue,
-        restarts=args.restarts,
-    )
+    start_again(module=args.modules.get(kind_of_run(paths)), queue=args.queue)
     if args.detach:
         _answer(args, paths, run_status(paths), f"goes on; follow it with: lora-studio runs attach {paths.name}")
         return DONE

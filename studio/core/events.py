@@ -62,6 +62,19 @@ class Started(RunEvent):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Changed(RunEvent):
+    """What this start does otherwise than the run's first one; told right after `Started` where there is something.
+
+    `recipe` holds the fields of the recipe that differ, each with its value at the first start and its value now, as
+    words. `extensions` holds the steps that the run was given beyond its plan: `after`, `steps` and `tail`.
+    """
+
+    kind: ClassVar[str] = "Changed"
+    recipe: dict[str, Any] = field(default_factory=dict)
+    extensions: list[Any] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Identified(RunEvent):
     """Base and data by content, told at every start once both have been read and before anything is trained.
 
@@ -284,6 +297,7 @@ KINDS: dict[str, type[RunEvent]] = {
     kind.kind: kind
     for kind in (
         Started,
+        Changed,
         Identified,
         Planned,
         Phase,

@@ -179,6 +179,12 @@ class AdapterSection:
         "Init",
         "pissa starts from the base's main directions (LoRA only); loftq from what 4 bits lost (QLoRA only).",
     )
+    start: str = declared(
+        "",
+        Text(place=True),
+        "Start from",
+        "An earlier run, by its name, or a PEFT folder: the adapter begins as that one ended, in form and base alike.",
+    )
     lora_plus_ratio: float = declared(
         1.0,
         Number(float, 1, 256, stops=(1, 2, 4, 8, 16, 32)),
@@ -858,6 +864,13 @@ def _between_adapter(recipe: Recipe) -> Iterator[Problem]:
     if init == "pissa" and recipe.method == "qlora":
         yield Problem(
             "adapter.init", "pissa with method qlora", "loftq, which is made for 4-bit weights, or method lora"
+        )
+    if recipe.adapter.start and init in ("loftq", "pissa"):
+        yield Problem("adapter.init", f"{init} with adapter.start", "default: an adapter that goes on has its values")
+    if recipe.adapter.start and recipe.train.objective == "dpo":
+        # With the adapter switched off the base alone would be the reference, and not what the run starts from.
+        yield Problem(
+            "adapter.start", "an adapter with train.objective dpo", "nothing: merge that adapter and name it model.base"
         )
     if init in ("loftq", "pissa") and recipe.adapter.dora:
         yield Problem("adapter.init", f"{init} with dora", "adapter.dora false, or init default or gaussian")

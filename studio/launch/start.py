@@ -5,12 +5,15 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from studio.core.errors import BadInput, StudioError
+from studio.core.recipe import Recipe
+from studio.core.schedule import Extension
 from studio.core.text import plain
 from studio.launch.kinds import Checked, kind_for, kind_named
 from studio.launch.queued import join, places_for
+from studio.probe.adapter_folder import start_folder
 from studio.probe.data.opened import Progress
 from studio.probe.device import CPU_PLACE, Place
 from studio.probe.space import check_space
@@ -19,8 +22,10 @@ from studio.runs.atomic import write_whole
 from studio.runs.chain import following
 from studio.runs.checkpoints import resumption
 from studio.runs.control import request
+from studio.runs.extension import Wish, extension_for, extension_words, read_extensions, write_extensions
 from studio.runs.job import J, Job, kind_of_run, read_job, write_job
 from studio.runs.layout import RunPaths, new_run
+from studio.runs.status import run_status
 from studio.runs.watch import read_history
 
 _SHOWN = 40
@@ -59,6 +64,8 @@ def start(
     """
     check_space(runs_root)
     kind = kind_for(job)
+    if isinstance(job, Recipe) and job.adapter.start:
+        job = cast("J", job.with_("adapter.start", str(start_folder(job.adapter.start, runs_root))))
     checked = kind.check(job, progress)
     on_checked(checked)
     queued = queue(checked)
@@ -178,6 +185,56 @@ def resume(
     if restarts > 0:
         supervise.start_guard(paths, restarts, module or "", launching.get("environment"))
     return handle
+
+
+def plan_extension(paths: RunPaths, wish: Wish) -> tuple[Extension, str]:
+    """Return what a wish adds to a training run that has ended, and that in words.
+
+    Raises:
+        BadInput: The run cannot be extended.
+    """
+    recipe = read_job(paths, Recipe)
+    name = plain(paths.name, one_line=True)
+    if recipe is None:
+        raise BadInput(f"the run {name} is no training: only training runs are extended.")
+    if run_status(paths).live:
+        raise BadInput(f"the run {name} is live: stop it first (lora-studio runs stop {name}), then extend it.")
+    extension = extension_for(paths, recipe, read_history(paths), wish)
+    return extension, extension_words(paths, recipe, extension)
+
+
+def extend(
+    paths: RunPaths,
+    wish: Wish,
+    *,
+    told: Callable[[str], None] = lambda words: None,
+    **resuming: Any,
+) -> supervise.Handle:
+    """Let a training run that has ended train longer, from its newest checkpoint on.
+
+    Args:
+        paths: The run: finished, stopped, failed or crashed.
+        wish: How much longer, and how the learning rate goes on.
+        told: Gets what will be done, in words, before anything is written; may raise to end it.
+        resuming: Further arguments of `resume`.
+
+    Raises:
+        BadInput: It cannot be extended or resumed; nothing was changed.
+        StudioError: The process cannot be started; nothing was changed.
+    """
+    extension, words = plan_extension(paths, wish)
+    told(words)
+    before = read_extensions(paths)
+    try:
+        write_extensions(paths, [*before, extension])
+        return resume(paths, **resuming)
+    except BaseException as error:
+        if not run_status(paths).live:
+            write_extensions(paths, before)
+        if isinstance(error, OSError):
+            name = plain(paths.name, one_line=True)
+            raise BadInput(f"the run {name} cannot be extended: {error.strerror or error}.") from error
+        raise
 
 
 def _launch(paths: RunPaths, module: str, place: Place, launching: Mapping[str, Any]) -> RunPaths:

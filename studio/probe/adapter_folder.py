@@ -3,19 +3,32 @@
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from studio.core.errors import BadInput
+from studio.core.recipe import Recipe, field_text
 from studio.core.text import plain
+from studio.probe.fingerprint import difference, recorded_fingerprint
 from studio.probe.safetensors_file import SafetensorsHeader, read_header
 from studio.runs.checkpoints import ADAPTER_TENSORS, INITIAL_TENSORS, checkpoint_folders, damage_of, step_of
+from studio.runs.job import read_job
 from studio.runs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RunPaths
+from studio.runs.store import find_run
 from studio.runs.watch import read_history
 
 _PICKLE = "adapter_model.bin"
+_IN_CONFIG = {
+    "adapter.rank": "r",
+    "adapter.alpha": "lora_alpha",
+    "adapter.rslora": "use_rslora",
+    "adapter.dora": "use_dora",
+}
+"""Fields of a recipe by their names in `adapter_config.json`, where PiSSA, too, has the rank that the file has."""
+_FORM = tuple(f"adapter.{name}" for name in ("targets", "layers", "rank_pattern", "alpha_pattern", "modules_to_save"))
+"""Other fields that decide which tensors an adapter has and how they are used, as the recipe of its run has them."""
 _MOST_CONFIG_BYTES = 10 * 2**20
 
 
@@ -75,6 +88,59 @@ def find_adapter(folder: Path) -> AdapterFound:
     if not header.tensors:
         raise BadInput(f"{plain(str(folder / ADAPTER_WEIGHTS), one_line=True)} holds no tensor: there is no adapter.")
     return AdapterFound(folder, config, header)
+
+
+def start_folder(word: str, runs_root: Path) -> Path:
+    """Return the adapter's folder that `adapter.start` means: a PEFT folder, or the run of a path or name.
+
+    Raises:
+        BadInput: No run answers to the word.
+    """
+    folder = Path(word).expanduser()
+    if "\0" not in word and (folder / ADAPTER_CONFIG).is_file():
+        return folder.absolute()
+    try:
+        return find_run(runs_root, word).adapter.absolute()
+    except BadInput as error:
+        raise BadInput(f"adapter.start: found neither a PEFT folder nor a run. {error}") from error
+
+
+def check_start(recipe: Recipe, base: Path | None, look: Callable[[Path], Mapping[str, Any]]) -> None:
+    """Refuse to start from an adapter of another form or another base than the recipe's, as far as that is known.
+
+    The names and shapes of its tensors are left to the job, which has the model.
+
+    Args:
+        recipe: Its `adapter.start` is a folder, or empty.
+        base: The base model's folder; None where it is still to be downloaded.
+        look: Returns the fingerprint of that: what is known of it where a user waits.
+
+    Raises:
+        BadInput: It is no adapter, or another one than wanted; the message names both.
+    """
+    if not recipe.adapter.start:
+        return
+    found = find_adapter(Path(recipe.adapter.start))
+    run, shown = run_of_adapter(found.folder), plain(recipe.adapter.start, one_line=True)
+    config = {path: found.config.get(key) for path, key in _IN_CONFIG.items()}
+    there = {path: value for path, value in config.items() if value is not None}
+    if run and (of_run := read_job(RunPaths(Path(run)), Recipe)):
+        there = {path: of_run.get(path) for path in _FORM} | there
+    if other := [path for path, value in there.items() if value != recipe.get(path)]:
+        listed = "; ".join(
+            f"{path}: found {field_text(path, there[path])}, wanted {field_text(path, recipe.get(path))}"
+            for path in other
+        )
+        raise BadInput(
+            f"adapter.start: the adapter {shown} has another form than the recipe: {plain(listed, one_line=True)}. "
+            "Take its values into the recipe, or leave adapter.start empty."
+        )
+    trained = recorded_fingerprint(run)
+    if trained is not None and base is not None and (differs := difference(trained, look(base))):
+        raise BadInput(
+            f"adapter.start: the adapter {shown} was trained on another base than model.base: {differs}. Name the base "
+            "that it was trained on."
+        )
 
 
 def run_of_adapter(adapter: Path) -> str:

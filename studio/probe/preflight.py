@@ -8,11 +8,13 @@ from studio.core.preferences import rate_note
 from studio.core.recipe import Recipe
 from studio.core.recipe_parse import refuse
 from studio.core.text import plain
+from studio.probe.adapter_folder import check_start
 from studio.probe.data import DataSet
 from studio.probe.data.mixture import at_commits, data_of, eval_data_of, missing_data
 from studio.probe.data.opened import Progress
 from studio.probe.data.places import same_place
 from studio.probe.device import Place, Sight, place_of
+from studio.probe.fingerprint import known_fingerprint
 from studio.probe.held_out import hold_out
 from studio.probe.models import BaseFound, find_base, refuse_untrainable
 from studio.probe.named_template import check_template
@@ -61,6 +63,7 @@ def check_training(recipe: Recipe, *, sight: Sight | None = None, progress: Prog
     base = find_base(recipe.model.base, recipe.model.revision)
     refuse_untrainable(base, recipe.method)
     check_template(recipe, base)
+    check_start(recipe, base.path, known_fingerprint)
     if missing := missing_data(recipe):
         size_bytes = sum(missing.values())
         if size_bytes > _AT_ONCE_BYTES:

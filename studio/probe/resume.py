@@ -99,7 +99,8 @@ def refuse_other_recipe(paths: RunPaths, first: Identity, recipe: Recipe) -> lis
     trained, rounded = recipe_changes(first.recipe, recipe)
     if trained:
         listed = ", ".join(trained[:_NAMED]) + (f" and {len(trained) - _NAMED} more" if len(trained) > _NAMED else "")
-        raise _other(paths, f"its recipe.toml is not the one {_BEGAN}: {listed}", "Put recipe.toml back as it was")
+        why = f"its recipe.toml is not the one {_BEGAN}, in what its steps so far have learnt from: {listed}"
+        raise _other(paths, why, "Put recipe.toml back as it was")
     return rounded
 
 
@@ -185,19 +186,34 @@ def recipe_changes(before: Mapping[str, Any], now: Recipe) -> tuple[list[str], l
     """
     trained: list[str] = []
     rounded: list[str] = []
-    first, table = {**_flat(Recipe().to_dict()), **_flat(before)}, _flat(now.to_dict())
-    for path, place in FIELDS.items():
-        was, now_is = first[path], table[path]
-        # Of the names in a pattern the first that fits a module counts, so another order is another pattern.
-        same = was == now_is and (not isinstance(was, dict) or list(was) == list(now_is))
-        if not same and place.resume in ("same", "rounded"):
-            told = rounded if place.resume == "rounded" else trained
-            told.append(f"{path}: {_told(place.kind, was)} -> {_told(place.kind, now_is)}")
+    first = {**_flat(Recipe().to_dict()), **_flat(before)}
+    for path, (was, now_is) in fields_changed(before, now).items():
+        if (how := FIELDS[path].resume) in ("same", "rounded"):
+            (rounded if how == "rounded" else trained).append(f"{path}: {was} -> {now_is}")
     rows = [first[f"train.{name}"] for name in ("micro_batch", "accumulation")]
     before_rows = rows[0] * rows[1] if all(type(count) is int for count in rows) else 0
     if before_rows != now.rows_per_step:
         trained.append(f"rows of a step (train.micro_batch x train.accumulation): {before_rows} -> {now.rows_per_step}")
     return trained, rounded
+
+
+def fields_changed(before: Mapping[str, Any], now: Recipe) -> dict[str, list[str]]:
+    """Return the fields that differ, each with both values in words; none where the recipe before is not known.
+
+    Args:
+        before: As for `recipe_changes`; empty where there was no start before.
+        now: As there.
+    """
+    if not before:
+        return {}
+    first, table = {**_flat(Recipe().to_dict()), **_flat(before)}, _flat(now.to_dict())
+    changed = {}
+    for path, place in FIELDS.items():
+        was, now_is = first[path], table[path]
+        # Of the names in a pattern the first that fits a module counts, so another order is another pattern.
+        if was != now_is or (isinstance(was, dict) and list(was) != list(now_is)):
+            changed[path] = [_told(place.kind, was), _told(place.kind, now_is)]
+    return changed
 
 
 def version_changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

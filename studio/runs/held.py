@@ -17,13 +17,16 @@ from studio.runs.data_cache import data_cache, unused_entries
 from studio.runs.home import cache_root, studio_home
 from studio.runs.layout import RunPaths
 from studio.runs.scratch import give_back, left_by
-from studio.runs.store import contents_of, left_over, list_runs, remove_run
+from studio.runs.status import Status
+from studio.runs.store import RunInfo, contents_of, left_over, list_runs, remove_run
 from studio.runs.summary import folder_bytes
 
 CACHES, LEFTOVERS, CALIBRATIONS, EMBEDDED, RUN = "caches", "leftovers", "calibrations", "embedded", "run"
+CHECKPOINTS = "checkpoints"
 KINDS = {
     CACHES: "what is made again where it is needed",
     LEFTOVERS: "what killed jobs have left",
+    CHECKPOINTS: "what finished trainings can be extended from",
     EMBEDDED: "the embedded model, where it was fetched",
     CALIBRATIONS: "what runs of this machine taught the estimate",
 }
@@ -73,9 +76,10 @@ def held(root: Path) -> list[Held]:
     Args:
         root: The folder of runs.
     """
-    live = [info.name for info in list_runs(root) if info.status.live]
+    infos = list_runs(root)
+    live = [info.name for info in infos if info.status.live]
     busy = f"{plain(live[0], one_line=True)} is live and may use it" if live else ""
-    found = [*_caches(busy), *_leftovers(root), *_fetched(busy), *_calibrations(busy)]
+    found = [*_caches(busy), *_leftovers(root), *_checkpoints(infos), *_fetched(busy), *_calibrations(busy)]
     return [one for one in found if one.size_bytes or one.kind == LEFTOVERS]
 
 
@@ -126,6 +130,15 @@ def _leftovers(root: Path) -> Iterator[Held]:
     for path in _inside(studio_home()):
         if path.name.startswith(".") and path.name.endswith(".part") and _is_old(path):
             yield Held(LEFTOVERS, "a file that was never finished", (path,), _size(path))
+
+
+def _checkpoints(infos: list[RunInfo]) -> Iterator[Held]:
+    for info in infos:
+        folder = info.paths.checkpoints
+        if info.status is Status.finished and folder.is_dir() and not folder.is_symlink():
+            what = f"checkpoints of the finished run {plain(info.name, one_line=True)}"
+            cost = "it can no longer be extended, nor what it was at earlier steps be merged"
+            yield Held(CHECKPOINTS, what, (folder,), _size(folder), cost)
 
 
 def _fetched(busy: str) -> Iterator[Held]:

@@ -34,6 +34,11 @@ class RunPaths:
         return self.root / "recipe.toml"
 
     @property
+    def extensions(self) -> Path:
+        """The steps that the run was given beyond its plan; written by who asked for them."""
+        return self.root / "extensions.json"
+
+    @property
     def plan(self) -> Path:
         """The memory estimate at launch."""
         return self.root / "plan.json"
@@ -197,7 +202,7 @@ class RunPaths:
 _ANY = RunPaths(Path())
 _READ = {path.name for path in (_ANY.recipe, _ANY.events, _ANY.plan, _ANY.output, _ANY.process, _ANY.launch)}
 _READ |= {path.name for path in (_ANY.report, _ANY.next, _ANY.note, _ANY.identity, _ANY.held_out)}
-_READ |= {_ANY.system_prompt.name, _ANY.index.name}
+_READ |= {_ANY.system_prompt.name, _ANY.index.name, _ANY.extensions.name}
 """The names of the files that are read of a run to list or show it."""
 
 

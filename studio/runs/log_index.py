@@ -27,6 +27,7 @@ from studio.core.events import (
     Planned,
     RunEvent,
     Saved,
+    Shrunk,
     Started,
     StepDone,
     Unknown,
@@ -50,7 +51,7 @@ _Entry = tuple[RunEvent, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """What stands in one stretch of a log. Its steps rise, and a `Started` is nowhere but at its beginning.
+    """What stands in one stretch of a log. Its steps rise, and `Started` and `Shrunk` are nowhere but at its beginning.
 
     Attributes:
         begin: Its first byte.
@@ -129,7 +130,7 @@ class IndexMaker:
             event: What a reader makes of the line; None where it is empty.
             line: Its bytes.
         """
-        if isinstance(event, Started) or (isinstance(event, StepDone) and event.step <= self._last_step):
+        if isinstance(event, (Started, Shrunk)) or (isinstance(event, StepDone) and event.step <= self._last_step):
             yield from self._cut()
         begin, self._end, self._last_line = self._end, self._end + len(line), line
         if event is not None:

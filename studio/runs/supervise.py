@@ -20,6 +20,7 @@ from studio.core.errors import BadInput, StudioError
 from studio.core.text import plain
 from studio.runs.atomic import write_whole
 from studio.runs.control import leave_request, request, withdraw_all
+from studio.runs.extension import has_steps_left
 from studio.runs.last_words import memory_kills
 from studio.runs.layout import RunPaths
 from studio.runs.lock import lock_held
@@ -240,9 +241,10 @@ def refuse_unless_ended(paths: RunPaths, *, back: bool = False) -> None:
         raise BadInput(
             f"the run {name} is {status}: it cannot be resumed while its worker lives. Attach to it instead."
         )
-    if status is Status.finished and not back:
+    if status is Status.finished and not back and not has_steps_left(paths):
         raise BadInput(
-            f"the run {name} is finished: there is nothing left to do. Start a new run from its recipe.toml."
+            f"the run {name} is finished: there is nothing left to do. Let it train longer with lora-studio runs "
+            f"extend {name}, or start a new run from its recipe.toml."
         )
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from studio.probe.plan import PlanDevice
     from studio.probe.setup import Answers, DataChecked
     from studio.runs.chat import ChatProcess, ChatRequest
+    from studio.runs.extension import Wish
     from studio.runs.job import Job
     from studio.runs.last_recipe import LastRecipe
     from studio.runs.show import ShowProcess, ShowRequest
@@ -79,6 +80,26 @@ class Services:
         from studio.launch.start import resume
 
         resume(paths, from_start=from_start)
+
+    def extension(self, paths: RunPaths, wish: "Wish") -> str:
+        """Return in words what a wish for further steps does with a training run that has ended.
+
+        Raises:
+            StudioError: The run cannot be extended.
+        """
+        from studio.launch.start import plan_extension
+
+        return plan_extension(paths, wish)[1]
+
+    def extend(self, paths: RunPaths, wish: "Wish") -> None:
+        """Launch a new worker for a training run that has ended, to train longer.
+
+        Raises:
+            StudioError: It cannot be extended or resumed.
+        """
+        from studio.launch.start import extend
+
+        extend(paths, wish)
 
     def end_now(self, paths: RunPaths) -> None:
         """End a worker at once, without waiting for it to save."""

@@ -11,6 +11,7 @@ import pytest
 
 from studio.core.events import Finished, Paused, Saved, Started, StepDone
 from studio.runs.control import requested
+from studio.runs.extension import read_extensions
 from studio.runs.job import write_job
 from studio.runs.log import read_events
 from studio.runs.requests import MergeRequest
@@ -19,6 +20,7 @@ from studio.runs.supervise import stop
 from tests.cli.conftest import Cli
 from tests.cli.test_runs import _slow
 from tests.fakes.runs import LiveWorker, launch_fake, make_run, wait_for, write_log
+from tests.runs.test_checkpoints import checkpoint
 
 
 def test_stopping_pausing_and_resuming(cli: Cli, home: Path) -> None:
@@ -89,6 +91,31 @@ def test_a_stopped_run_is_resumed_and_followed(cli: Cli, home: Path, monkeypatch
     refused = cli("runs", "resume", "try")
     assert refused.code == 2
     assert "finished" in refused.err
+
+
+def test_a_finished_run_trains_longer_once_it_was_said_how(
+    cli: Cli, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = _slow(home)
+    stop(paths, 60)
+    done = int((paths.root / "step.txt").read_text())
+    monkeypatch.setenv("FAKE_STEPS", str(done + 1))
+    assert cli("runs", "resume", "try").code == 0
+    gone = cli("runs", "extend", "try", "--steps", "3")
+    assert gone.code == 2
+    assert f"lora-studio train RECIPE --set adapter.start={paths.name}" in gone.err
+    checkpoint(paths, done + 1)
+    monkeypatch.setenv("FAKE_STEPS", str(done + 4))
+    outcome = cli("runs", "extend", "try", "--steps", "3", "--schedule", "restart")
+    assert outcome.code == 0
+    told, _, followed = outcome.out.partition("\n")
+    assert f"{done + 1} -> {done + 4} steps" in told
+    assert "(restart)" in told
+    assert f"finished after {done + 4} steps" in followed
+    (added,) = read_extensions(paths)
+    assert (added.after, added.steps, added.tail) == (done + 1, 3, "restart")
+    assert cli("runs", "extend", "try", "--steps", "0").code == 2
+    assert cli("runs", "resume", "try").code == 2
 
 
 def test_starting_over_with_damaged_checkpoints_wants_a_flag(cli: Cli, home: Path) -> None:

@@ -195,7 +195,14 @@ def _type(field: "dataclasses.Field[Any]") -> str:
     name = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", "")
     name = str(field.type) if "[" in str(field.type) or "|" in str(field.type) else name
     first = name.replace(" | None", "").partition("[")[0]
-    return {"str": "text", "int": "integer", "float": "number", "bool": "true or false", "dict": "object"}[first]
+    return {
+        "str": "text",
+        "int": "integer",
+        "float": "number",
+        "bool": "true or false",
+        "dict": "object",
+        "list": "list",
+    }[first]
 
 
 def _needed(field: "dataclasses.Field[Any]") -> bool:

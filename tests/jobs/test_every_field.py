@@ -16,12 +16,13 @@ import transformers
 from safetensors import safe_open
 
 from studio.core.events import Evaluated, Failed, Phase, Planned, Sampled, Saved, StepDone, Warned
-from studio.core.recipe import FIELDS, Recipe
+from studio.core.recipe import FIELDS, AdapterSection, Recipe
 from studio.core.shape_from_config import shape_from_config
 from studio.core.vram.estimate import estimate_vram
 from studio.core.vram.setup import Setup, setup_of
 from studio.jobs.base import load as base_load
 from studio.jobs.train import job, loop
+from studio.jobs.train.adapter import attach_adapter
 from studio.launch.start import prepare
 from studio.runs import job_process
 from studio.runs.layout import ADAPTER_WEIGHTS, RunPaths
@@ -56,6 +57,21 @@ class Row:
 
 def other_base(folder: Path) -> str:
     return str(make_tiny_model(folder / "other", seed=1))
+
+
+def earlier_adapter(folder: Path) -> str:
+    """An adapter of the form that the recipe makes, with other values than it begins with."""
+    base = transformers.LlamaForCausalLM.from_pretrained(
+        make_tiny_model(folder / "base"), dtype=torch.float32, attn_implementation="sdpa"
+    )
+    section = AdapterSection(rank=4, alpha=8.0)
+    model = attach_adapter(base, section, recompute="none")
+    torch.manual_seed(3)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    model.save_pretrained(str(folder / "earlier"), save_embedding_layers=False)
+    return str(folder / "earlier")
 
 
 def other_rows(folder: Path) -> str:
@@ -171,6 +187,7 @@ ROWS: dict[str, Row] = {
     "adapter.rslora": Row(True, "losses"),
     "adapter.dora": Row(True, "tensors"),
     "adapter.init": Row("gaussian", "losses"),
+    "adapter.start": Row(earlier_adapter, "losses"),
     "adapter.lora_plus_ratio": Row(16.0, "losses"),
     "adapter.rank_pattern": Row({"q_proj": 2}, "tensors"),
     "adapter.alpha_pattern": Row({"q_proj": 64.0}, "losses"),

@@ -102,7 +102,7 @@ def test_resume_after_a_crash_repeats_only_what_the_checkpoint_lacks(
 
 def test_only_the_newest_checkpoints_are_kept(train: Train, recipe: Recipe) -> None:
     paths = train(recipe.with_("train.checkpoint_every", 1).with_("train.keep_checkpoints", 3))
-    assert [path.name for path in complete_checkpoints(paths.checkpoints)] == [f"step-{n:08d}" for n in (5, 6, 7)]
+    assert [path.name for path in complete_checkpoints(paths.checkpoints)] == [f"step-{n:08d}" for n in (6, 7, 8)]
 
 
 def damage_marker(folder: Path) -> None:
@@ -140,7 +140,7 @@ def test_a_checkpoint_that_cannot_be_written_costs_itself_not_the_run(
     history = history_of(paths)
     assert history.finished is not None
     assert [warning.topic for warning in history.warnings] == ["checkpoint"]
-    assert [path.name for path in paths.checkpoints.iterdir()] == ["step-00000006"]
+    assert sorted(path.name for path in paths.checkpoints.iterdir()) == ["step-00000006", "step-00000008"]
 
 
 def test_an_adapter_that_finds_no_room_waits_for_it(
@@ -219,7 +219,7 @@ def test_checkpoint_now_is_served_and_withdrawn(train: Train, recipe: Recipe, mo
 
 def test_checkpoints_hold_no_pickle(train: Train, recipe: Recipe) -> None:
     paths = train(recipe.with_("train.checkpoint_every", 4))
-    (folder,) = complete_checkpoints(paths.checkpoints)
+    folder = complete_checkpoints(paths.checkpoints)[0]
     assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json"}
     marker = json.loads((folder / "complete.json").read_text())
     assert set(marker["files"]) == {path.name for path in folder.iterdir()} - {"complete.json"}
@@ -403,7 +403,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(
     assert f"step 3 ({why})" in warning
     assert "going on after step 2" in warning
     # It is out of the way of the new ones, whose number is bounded, and still there.
-    assert [path.name for path in complete_checkpoints(stopped.checkpoints)] == ["step-00000006", "step-00000007"]
+    assert [path.name for path in complete_checkpoints(stopped.checkpoints)] == ["step-00000007", "step-00000008"]
     assert (stopped.checkpoints / "damaged-step-00000003").is_dir()
 
 
@@ -442,16 +442,16 @@ def test_a_yes_does_not_throw_a_whole_checkpoint_away(train: Train, stopped: Run
 
 
 def test_a_finished_run_goes_back_to_a_named_checkpoint_and_ends_as_before(train: Train, recipe: Recipe) -> None:
-    paths = train(recipe.with_("train.checkpoint_every", 2).with_("train.keep_checkpoints", 3))
+    paths = train(recipe.with_("train.checkpoint_every", 2).with_("train.keep_checkpoints", 4))
     before, made = history_of(paths), weights(paths)
-    assert [step_of(path) for path in complete_checkpoints(paths.checkpoints)] == [2, 4, 6]
+    assert [step_of(path) for path in complete_checkpoints(paths.checkpoints)] == [2, 4, 6, 8]
     leave_request(paths, "from-checkpoint", "4")
     history = again(train, paths)
     assert history.started is not None
     assert history.started.resumed_from == 4
     assert not requested(paths, "from-checkpoint")
     assert [one.message for one in history.warnings if one.topic == "checkpoint"] == [
-        "going back to step 4, as was asked for; kept beside it: checkpoints of step 6"
+        "going back to step 4, as was asked for; kept beside it: checkpoints of step 6, 8"
     ]
     assert (paths.checkpoints / "later-step-00000006").is_dir()
     assert list(history.train.losses) == list(before.train.losses)

@@ -185,6 +185,7 @@ def test_events_tell_the_whole_story(train: Train, recipe: Recipe) -> None:
     assert [(saved.what, saved.step) for saved in history.saved] == [
         ("checkpoint", 2),
         ("checkpoint", 4),
+        ("checkpoint", 5),
         ("adapter", 5),
     ]
     assert max(history.memory.resident_bytes) > 50 * 2**20

@@ -30,11 +30,11 @@ from studio.core.events import (
     StepDone,
     Warned,
 )
-from studio.runs import history as history_module
-from studio.runs import log, log_index, watch
-from studio.runs.history import RECENT_STEPS, History
+from studio.runs import log, log_index, series, watch
+from studio.runs.history import History
 from studio.runs.layout import RunPaths
 from studio.runs.log import EventWriter, read_events
+from studio.runs.series import RECENT_STEPS
 from studio.runs.watch import RunWatch, read_history
 from tests.fakes.runs import make_run
 
@@ -214,7 +214,7 @@ def test_shown_documents_are_the_same_and_most_of_the_log_is_not_read(
     paths = make_run(tmp_path)
     _long(paths).close()
     reader = mock.patch.object(log, "event_from_line", wraps=log.event_from_line)
-    folder = mock.patch.object(history_module, "event_from_line", wraps=log.event_from_line)
+    folder = mock.patch.object(series, "event_from_line", wraps=log.event_from_line)
     with reader as in_log, folder as in_history:
         with_index = _documents(paths, capsys)
     assert 1 < in_log.call_count + in_history.call_count < 100

@@ -37,6 +37,8 @@ def _values(kind: type[RunEvent]) -> dict[str, st.SearchStrategy[Any]]:
             drawn[item.name] = st.dictionaries(_TEXTS, _TEXTS, max_size=3)
         elif declared.startswith("dict"):
             drawn[item.name] = st.dictionaries(_TEXTS, _RESULTS, max_size=4)
+        elif declared.startswith("list"):
+            drawn[item.name] = st.lists(_RESULTS, max_size=4)
         elif declared.startswith("bool"):
             drawn[item.name] = st.booleans()
         elif declared.startswith("int"):

@@ -20,6 +20,7 @@ from studio.probe.cards import Card, CardProcess
 from studio.probe.forecast import Forecaster
 from studio.probe.plan import PlanDevice, device_from_catalogue
 from studio.runs.checkpoints import NoWholeCheckpoint
+from studio.runs.extension import Wish
 from studio.runs.last_recipe import LastRecipe
 from studio.runs.layout import RunPaths
 from studio.runs.worker import Worker
@@ -77,6 +78,7 @@ class Asked:
     started: list[Recipe] = field(default_factory=list)
     queued: list[Recipe] = field(default_factory=list)
     resumed: list[RunPaths] = field(default_factory=list)
+    extended: list[tuple[RunPaths, Wish]] = field(default_factory=list)
     started_over: list[RunPaths] = field(default_factory=list)
     ended: list[RunPaths] = field(default_factory=list)
     planned: list[str] = field(default_factory=list)
@@ -135,6 +137,8 @@ def services_that(
         at_work=lambda recipe: list(at_work),
         start=start,
         resume=resume,
+        extension=lambda paths, wish: f"{wish.steps or wish.epochs} further, {wish.tail}",
+        extend=lambda paths, wish: asked.extended.append((paths, wish)),
         end_now=asked.ended.append,
         card=lambda: card,
         forecaster=forecaster or forecaster_on(card_of()),

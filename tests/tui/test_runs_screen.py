@@ -9,6 +9,7 @@ from textual.widgets import DataTable, Input
 
 from studio.core.events import Evaluated, Finished, Saved, Started, StepDone, Warned
 from studio.core.recipe import Recipe
+from studio.runs.extension import Wish
 from studio.runs.layout import RunPaths
 from studio.runs.note import read_note
 from studio.tui.app import StudioApp
@@ -16,7 +17,7 @@ from studio.tui.panels import runs_list
 from studio.tui.panels.run_preview import RunPreview
 from studio.tui.panels.runs_list import RunsList
 from studio.tui.screens.configure import ConfigureScreen
-from studio.tui.screens.dialogs import Confirm
+from studio.tui.screens.dialogs import AskLine, Confirm
 from studio.tui.screens.run import RunScreen
 from studio.tui.screens.runs import RunsScreen
 from tests.fakes.runs import LiveWorker, write_log
@@ -155,6 +156,29 @@ def test_a_finished_run_is_not_resumed(tmp_path: Path) -> None:
         await settle(pilot)
         assert asked.resumed == []
         assert "Resume" not in shown(app).splitlines()[-1]
+
+    play(story, tmp_path, services=services_that(asked))
+
+
+def test_a_finished_run_trains_longer_as_far_and_as_typed(tmp_path: Path) -> None:
+    finished, asked = ended(tmp_path, "first", "done", 1_000_000), Asked()
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await pilot.press("o")
+        await until(pilot, lambda: rows(app))
+        await pilot.press("e")
+        await until(pilot, lambda: isinstance(app.screen, AskLine))
+        field = app.screen.query_one(Input)
+        field.value = "half a mile"
+        await pilot.press("enter")
+        await until(pilot, lambda: "wanted such as 200 steps" in shown(app))
+        field.value = "50 steps restart"
+        await pilot.press("enter")
+        await until(pilot, lambda: isinstance(app.screen, Confirm) and "50 further, restart" in shown(app))
+        assert not asked.extended
+        await pilot.press("y")
+        await until(pilot, lambda: isinstance(app.screen, RunScreen))
+        assert asked.extended == [(finished, Wish(50, 0.0, "restart"))]
 
     play(story, tmp_path, services=services_that(asked))
 

@@ -3,22 +3,19 @@
 Events are emitted in the order in which they stand here.
 """
 
-import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 
 from studio.core.errors import BadInput, JobFailed
-from studio.core.events import Finished, Identified, Planned, Started, Warned
+from studio.core.events import Changed, Finished, Identified, Planned, Started, Warned
 from studio.core.recipe import Recipe
-from studio.core.schedule import total_steps_of
 from studio.core.text import plain
 from studio.jobs.base.device import card_used, job_device
 from studio.jobs.base.failures import Cancelled
@@ -38,6 +35,7 @@ from studio.jobs.train.objectives.of_recipe import objective_of
 from studio.jobs.train.objectives.preference import needs_reference
 from studio.jobs.train.optimizer import optimizer_of
 from studio.jobs.train.packing import batcher_for, why_padded
+from studio.jobs.train.randomness import set_seed
 from studio.jobs.train.read_rows import Rows, check_fit, read_rows, tokenizer_of
 from studio.jobs.train.reference import with_reference
 from studio.jobs.train.shrink import Shrinking, free_memory
@@ -50,8 +48,16 @@ from studio.probe.data import Row
 from studio.probe.device import other_card_note
 from studio.probe.fingerprint import short_fingerprint
 from studio.probe.models import find_base, refuse_untrainable
-from studio.probe.resume import RowsFound, changed_libraries, refuse_other_base, refuse_other_recipe, refuse_other_rows
+from studio.probe.resume import (
+    RowsFound,
+    changed_libraries,
+    fields_changed,
+    refuse_other_base,
+    refuse_other_recipe,
+    refuse_other_rows,
+)
 from studio.runs.checkpoints import Resumption, asked_resumption, set_aside
+from studio.runs.extension import read_extensions, steps_of
 from studio.runs.identity import Identity, first_date, read_identity, write_identity
 from studio.runs.restarts import tell_restart
 from studio.runs.worker import Worker
@@ -161,9 +167,9 @@ def prepare(
     set_aside(going_on)
 
     tell("loading the base model", detail=recipe.method)
-    _seed(recipe.train.seed)  # before the adapter is attached, whose A matrices are random
+    set_seed(recipe.train.seed)  # before the adapter is attached, whose A matrices are random
     model, initial, held = trainable_model(
-        recipe, base, device, precision, worker=worker, tell=tell, checkpoint=checkpoint
+        recipe, base, device, precision, worker=worker, tell=tell, checkpoint=checkpoint, trained_on=trained_on
     )
     memory.see("load", 0)
     check_fit(worker, recipe, model, rows, tokenizer)
@@ -194,12 +200,7 @@ def prepare(
     )
     batches = step_batches(recipe, rows.train, batcher, by_length)
     _say_padding(worker, tell, recipe, rows, (batches, batcher, step_model))
-    total = total_steps_of(
-        steps=recipe.train.steps,
-        epochs=recipe.train.epochs,
-        rows=len(rows.train),
-        rows_per_step=recipe.rows_per_step,
-    )
+    total, extensions = steps_of(worker.paths, recipe, len(rows.train))
     if needs_reference(objective):
         rows = with_reference(worker, tell, step_model, rows, seen=batches.seen_by(total), batcher=batcher)
         batches = step_batches(recipe, rows.train, batcher, by_length)
@@ -244,6 +245,7 @@ def prepare(
         emit=worker.emit,
         steadier=steadier_format(precision, device),
         shrinking=shrinking,
+        extensions=extensions,
     )
     new = TrainState(step=0, tokens=0, seconds=0.0, scaler={}, packed=batcher.packed_tokens > 0)
     shrinking.begin(batches, between, state or new, Planned(at=time.time(), **planned))
@@ -286,20 +288,22 @@ def _begin(worker: Worker, recipe: Recipe, going_on: Resumption, first: Identity
             "this run's log does not say what it was made from (an older version wrote it, or it is cut): whether base "
             "and data are still the same cannot be known. Start a new run from its recipe.toml."
         )
-    rounded = refuse_other_recipe(worker.paths, first, recipe)
+    rounded, extensions = refuse_other_recipe(worker.paths, first, recipe), read_extensions(worker.paths)
     versions = {name: version(name) for name in _LIBRARIES}
     worker.emit(
         Started,
         job="train",
         method=recipe.method,
         model=recipe.model.base,
-        total_steps=recipe.train.steps or None,
+        total_steps=extensions[-1].end if extensions else recipe.train.steps or None,
         resumed_from=going_on.step,
         versions=versions,
         recipe=recipe.to_dict(),
         date=date.isoformat(),
     )
     tell_restart(worker.emit)
+    if (fields := fields_changed(first.recipe, recipe)) or extensions:
+        worker.emit(Changed, recipe=fields, extensions=[asdict(one) for one in extensions])
     worker.served("from-start")
     worker.served("from-checkpoint")
     if going_on.note:
@@ -356,7 +360,7 @@ def _say_padding(
 
 
 def _finish(between: Between, end: TrainState) -> None:
-    """Evaluate, save the adapter and emit how the run ended; a stopped run saves a checkpoint in place of evaluating.
+    """Save a checkpoint and the adapter and emit how the run ended; a run that was stopped early is not evaluated.
 
     Args:
         between: Of the run.
@@ -366,9 +370,8 @@ def _finish(between: Between, end: TrainState) -> None:
     if end.step == 0:  # stopped before the first step: the adapter would change nothing and be refused
         worker.emit(Finished, outcome="stopped", step=0, seconds=0.0)
         return
-    if early:
-        between.checkpoint(end)
-    else:
+    between.checkpoint(end)  # of a finished run too: from there it can be extended
+    if not early:
         between.evaluate(end.step)
         between.sample(end.step)
     between.save_adapter(end.step)
@@ -381,12 +384,6 @@ def _finish(between: Between, end: TrainState) -> None:
         seconds=end.seconds,
         result={"adapter": "adapter", "eval_loss": between.last_eval, "tokens": end.tokens},
     )
-
-
-def _seed(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # numpy takes no larger seed
-    torch.manual_seed(seed)
 
 
 def _device(worker: Worker, recipe: Recipe) -> torch.device:

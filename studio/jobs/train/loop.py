@@ -15,7 +15,7 @@ from torch import nn
 
 from studio.core.events import PAIR_FIGURES, StepDone, Warned
 from studio.core.recipe import TrainSection
-from studio.core.schedule import learning_rate_at
+from studio.core.schedule import Extension, extended_rate_at
 from studio.jobs.train.batches import StepBatches
 from studio.jobs.train.checkpoint import TrainState, random_state, restore_random
 from studio.jobs.train.guards import MovementGuard, check_gradient, check_labels, check_loss
@@ -40,6 +40,7 @@ class LoopParts:
         backward: Goes backward from a scaled loss.
         steadier: Advice that names a number format of wider range; empty where there is none.
         shrinking: Repeats a step in a smaller form where its memory was refused; None lets it fail.
+        extensions: Steps that the run was given beyond its plan.
     """
 
     step_model: nn.Module
@@ -52,6 +53,7 @@ class LoopParts:
     backward: Callable[[torch.Tensor], None] = field(default=lambda loss: loss.backward())
     steadier: str = ""
     shrinking: Shrinking | None = None
+    extensions: tuple[Extension, ...] = ()
 
 
 def train(
@@ -78,9 +80,10 @@ def train(
     parts.step_model.train()
     for step in range(first, total_steps + 1):
         began = time.perf_counter()
-        rate = learning_rate_at(
+        rate = extended_rate_at(
             step,
-            total_steps=total_steps,
+            planned_steps=parts.extensions[0].after if parts.extensions else total_steps,
+            extensions=parts.extensions,
             peak=section.learning_rate,
             schedule=section.schedule,
             warmup_fraction=section.warmup_fraction,

@@ -1,8 +1,11 @@
-"""What of a model in training mode draws random numbers: dropout, and noise that some families add."""
+"""Random numbers: where they begin, and what of a model in training mode draws them, such as dropout."""
 
+import random
 import re
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -28,3 +31,10 @@ def draws(model: nn.Module) -> bool:
 
 def _chances(module: nn.Module) -> list[float]:
     return [v for name, v in vars(module).items() if _RANDOM.search(name) and isinstance(v, float) and v]
+
+
+def set_seed(seed: int) -> None:
+    """Begin the random numbers of Python, numpy and torch anew."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # numpy takes no larger seed
+    torch.manual_seed(seed)

@@ -10,15 +10,16 @@ LoftQ (with QLoRA) sets s*B*A to the best rank-r approximation of W minus its 4-
 iteration only, so that the base stays the ordinary 4-bit one. peft's own LoftQ leaves s out and so overshoots.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Params4bit
-from peft import PeftModel
+from peft import PeftModel, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from studio.core.direct_weights import left_out
@@ -43,7 +44,9 @@ from studio.jobs.train.checkpoint import load_initial
 from studio.jobs.train.offload import PinnedCopies, offload_checkpoints
 from studio.jobs.train.row_isolation import attends
 from studio.jobs.train.served import check_names
+from studio.probe.adapter_folder import check_start
 from studio.probe.models import BaseFound
+from studio.runs.layout import ADAPTER_WEIGHTS
 from studio.runs.worker import Worker
 
 _ADAPTER = "default"
@@ -74,6 +77,7 @@ def trainable_model(
     worker: Worker,
     tell: PhaseTeller,
     checkpoint: Path | None,
+    trained_on: Mapping[str, Any] | None = None,
 ) -> tuple[PeftModel, AdapterWeights, Held]:
     """Load the base, attach the adapter and give it its first values; a checkpoint's values are loaded elsewhere.
 
@@ -85,6 +89,7 @@ def trainable_model(
         worker: Gets the warnings.
         tell: Told what is being done.
         checkpoint: The checkpoint that the run continues after; None at a first start.
+        trained_on: The fingerprint of the base; None where it was not taken.
 
     Returns:
         The model, the adapter that PiSSA subtracted from its base (empty without PiSSA), and how much is in 4 bits.
@@ -125,6 +130,12 @@ def trainable_model(
         tell("attaching the adapter", detail="what is dequantised to compute a layer again stays for its backward")
     if recipe.train.offload_checkpoints:
         _offload(model, device, worker)
+    if recipe.adapter.start and checkpoint is None:
+        if trained_on is not None:
+            # Again: before the start the base may not have been known as a whole.
+            check_start(recipe, Path(), lambda _: trained_on)
+        tell("starting the adapter", detail=recipe.adapter.start)
+        start_from(model, Path(recipe.adapter.start))
     if recipe.adapter.init == "pissa":
         tell("starting the adapter", detail="pissa")
         return model, _pissa(model, checkpoint), held
@@ -134,6 +145,26 @@ def trainable_model(
             tell("starting the adapter", detail="loftq")
             _loftq(model, base)
     return model, {}, held
+
+
+def start_from(model: PeftModel, folder: Path) -> None:
+    """Give the adapter the values of one in a PEFT folder.
+
+    Raises:
+        JobFailed: `other_adapter` when that one has other tensors than this.
+    """
+    weights = load_file(folder / ADAPTER_WEIGHTS)
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in adapter_weights(model).items()}
+    if other := sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name)):
+        first = other[0]
+        raise JobFailed(
+            "other_adapter",
+            f"adapter.start has other tensors than this recipe makes: {len(other)} of {len(wanted)} differ, such as "
+            f"{plain(first, one_line=True)}: found {found.get(first, 'none')}, wanted {wanted.get(first, 'none')}",
+            "give the recipe the targets, layers and ranks of that adapter, or leave adapter.start empty",
+        )
+    set_peft_model_state_dict(model, weights)
 
 
 def streamed_of(recipe: Recipe) -> int:

@@ -9,6 +9,7 @@ from studio.runs.history import History
 from studio.runs.last_words import crash_of
 from studio.runs.layout import ADAPTER_CONFIG, RunPaths
 from studio.runs.status import Status
+from studio.runs.store import RunInfo
 from studio.runs.summary import gain_of, tries_of
 from studio.runs.supervise import how_it_ended
 from studio.runs.watch import last_output
@@ -147,3 +148,12 @@ def _held_out(history: History, *, told: bool) -> str:
         since = "" if told and not first.step else ", not measured since"
         return f"  held-out loss {number(first.loss)} at step {first.step}{since}"
     return f"  held-out loss {number(first.loss)} -> {number(last.loss)}"
+
+
+def why_no_adapter(info: RunInfo, action: str) -> str:
+    """Return why a run has nothing to audit or to merge; empty where it has."""
+    if info.job not in (None, TRAIN):
+        return f"Only a training run has an adapter to {action}."
+    if action == "audit" and info.status.live:
+        return "A run is audited when it has ended."
+    return "" if has_adapter(info.paths) else no_adapter_words(info.status)

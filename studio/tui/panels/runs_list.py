@@ -240,3 +240,9 @@ def _when(at: float) -> str:
 
 def _loss(value: float | None) -> str:
     return UNKNOWN if value is None else number(value) if math.isfinite(value) else str(value)
+
+
+def group_name(key: str, found: list[RunInfo], infos: list[RunInfo]) -> str:
+    """Return a group's name with how many runs it has, and a mark where one of them is alive."""
+    fewer = f"{len(found)}/" if len(found) != len(infos) else ""
+    return f"{GROUPS[key]} {fewer}{len(infos)}{' ●' if any(info.status.live for info in infos) else ''}"

@@ -63,6 +63,16 @@ def start_over_question(error: NoWholeCheckpoint) -> str:
     return f"{found[:1].upper()}{found[1:]}. Start over at step 0? What is damaged stays beside it."
 
 
+def if_agreed(act: Callable[[], object]) -> Callable[[bool | None], None]:
+    """Return what to do with the answer to a question: to act after a yes."""
+
+    def take(answer: bool | None) -> None:
+        if answer:
+            act()
+
+    return take
+
+
 class Confirm(Dialog[bool]):
     """Asks once; `y` is yes, `n` or escape is no. Enter is neither: what was typed ahead must not delete anything."""
 

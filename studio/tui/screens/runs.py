@@ -1,6 +1,7 @@
 """The runs of each kind, newest first, kept up to date, beside what is worth knowing of the one under the cursor."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,25 +16,26 @@ from textual.widgets import Input, OptionList
 from studio.core.errors import StudioError
 from studio.core.text import plain
 from studio.runs.checkpoints import NoWholeCheckpoint
+from studio.runs.extension import HINT, Wish, wish_in
 from studio.runs.log_parts import sample_steps
 from studio.runs.note import check_note, write_note
 from studio.runs.status import Status
 from studio.runs.store import RunInfo, contents_of, list_runs, remove_run
 from studio.tui.asks import OpenRun, ShowAudits, ShowMerge
 from studio.tui.copying import Copied, folder_of
-from studio.tui.panels.outcome import TRAIN, has_adapter, no_adapter_words
+from studio.tui.panels.outcome import TRAIN, why_no_adapter
 from studio.tui.panels.run_preview import FIRST_RUN, Closer, RunPreview, look_closer
-from studio.tui.panels.runs_list import GROUPS, LONGEST, RunsList, group_of, matches
+from studio.tui.panels.runs_list import GROUPS, LONGEST, RunsList, group_name, group_of, matches
 from studio.tui.readable import spark
 from studio.tui.screens.compare import MOST, CompareScreen
-from studio.tui.screens.dialogs import AskLine, Confirm, ask, start_over_question
+from studio.tui.screens.dialogs import AskLine, Confirm, ask, if_agreed, start_over_question
 from studio.tui.screens.offers import OfferingScreen, offered
 from studio.tui.services import Services
 from widgets.key_footer import KeyFooter
 from widgets.tab_row import TabRow
 
 _SPARK_STEPS = 32
-_OF_A_RUN = ("resume", "mark", "compare", "audit", "merge", "note", "remove")
+_OF_A_RUN = ("resume", "extend", "mark", "compare", "audit", "merge", "note", "remove")
 """Actions that need a run under the cursor."""
 
 
@@ -46,6 +48,7 @@ class RunsScreen(OfferingScreen[None]):
         Binding("shift+tab", "next_group(-1)", "Group before", show=False, priority=True),
         Binding("slash", "filter", "Filter"),
         *offered("R", "resume", "Resume"),
+        *offered("e", "extend", "Extend"),
         *offered("space", "mark", "Mark"),
         *offered("c", "compare", "Compare"),
         *offered("a", "audit", "Audit"),
@@ -173,7 +176,7 @@ class RunsScreen(OfferingScreen[None]):
             self._group = next(iter(groups), "")
         if words and not found.get(self._group):  # what is sought is in another group
             self._group = next((key for key, infos in found.items() if infos), self._group)
-        self.query_one(TabRow).names = tuple((key, _group_name(key, found[key], groups[key])) for key in groups)
+        self.query_one(TabRow).names = tuple((key, group_name(key, found[key], groups[key])) for key in groups)
         self.query_one(TabRow).current = self._group
         self._list.show(found.get(self._group, ()), marked=self._marked, sparks=self._sparks)
         self._tell(self._head(sum(map(len, found.values()))))
@@ -202,8 +205,10 @@ class RunsScreen(OfferingScreen[None]):
             return "There is no run to do that with."
         if action == "resume" and (info.status.live or info.status is Status.finished):
             return f"The run is {'alive' if info.status.live else 'finished'}: there is nothing to resume."
+        if action == "extend" and (info.status.live or info.job not in (None, TRAIN)):
+            return "The run is alive: stop it first." if info.status.live else "Only a training run trains longer."
         shows_result = action == "merge" and info.job == "merge"
-        return _why_no_adapter(info, action) if action in ("audit", "merge") and not shows_result else ""
+        return why_no_adapter(info, action) if action in ("audit", "merge") and not shows_result else ""
 
     def on_option_list_option_highlighted(self, event: OptionList.OptionHighlighted) -> None:
         """Show the run under the cursor, and offer the keys that are for it."""
@@ -227,6 +232,16 @@ class RunsScreen(OfferingScreen[None]):
         """Continue the chosen run and watch it."""
         if self._chosen is not None:
             self._resume(self._chosen)
+
+    def action_extend(self) -> None:
+        """Ask how much longer the chosen run shall train, say what that does, and start it."""
+        info = self._chosen
+        if info is None:
+            return
+        dialog = AskLine(
+            f"Train {plain(info.name, one_line=True, limit=LONGEST)} longer", "100 steps", hint=HINT, check=wish_in
+        )
+        ask(self.app, dialog, lambda text: self._extend(info, wish_in(text)))
 
     def action_filter(self) -> None:
         """Type what the list is narrowed to."""
@@ -278,11 +293,8 @@ class RunsScreen(OfferingScreen[None]):
         stays = "" if info.job in (None, TRAIN) else " Models and files that it made stay."
         question = Content(f"Delete {name}: {contents_of(info.paths)}?{stays} This cannot be undone.")
 
-        def decide(answer: bool | None) -> None:
-            if answer:
-                self._remove(info)
-
-        self.app.push_screen(Confirm(question, "delete it"), decide)
+        delete = partial(self._change, partial(remove_run, info.paths))
+        self.app.push_screen(Confirm(question, "delete it"), if_agreed(delete))
 
     def action_note(self) -> None:
         """Write a few words on the chosen run."""
@@ -290,7 +302,7 @@ class RunsScreen(OfferingScreen[None]):
         if info is None:
             return
         dialog = AskLine(f"A note on {plain(info.name, one_line=True, limit=LONGEST)}", info.note, check=check_note)
-        ask(self.app, dialog, lambda text: self._write_note(info, text))
+        ask(self.app, dialog, lambda text: self._change(lambda: write_note(info.paths, text)))
 
     def to_copy(self) -> Copied | None:
         """Return the place of the chosen run."""
@@ -328,25 +340,30 @@ class RunsScreen(OfferingScreen[None]):
             return
         self.post_message(OpenRun(info.paths))
 
-    def _ask_to_start_over(self, info: RunInfo, question: str) -> None:
-        def decide(answer: bool | None) -> None:
-            if answer:
-                self._resume(info, over=True)
-
-        self.app.push_screen(Confirm(Content(question), "start over"), decide)
-
-    @work(thread=True, group="remove")
-    def _remove(self, info: RunInfo) -> None:
+    @work(thread=True, exclusive=True, group="resume")
+    def _extend(self, info: RunInfo, wish: Wish, *, agreed: bool = False) -> None:
+        go_on = partial(self._extend, info, wish, agreed=True)
         try:
-            remove_run(info.paths)
+            if not agreed:
+                words = Content(plain(self._services.extension(info.paths, wish)))
+                asked = Confirm(words, "train on")
+                self.app.call_from_thread(self.app.push_screen, asked, if_agreed(go_on))
+                return
+            self._services.extend(info.paths, wish)
         except StudioError as error:
             self.app.call_from_thread(self.app.notify, plain(str(error)), severity="error", markup=False)
-        self.app.call_from_thread(self._read)
+            return
+        self.post_message(OpenRun(info.paths))
 
-    @work(thread=True, group="note")
-    def _write_note(self, info: RunInfo, text: str) -> None:
+    def _ask_to_start_over(self, info: RunInfo, question: str) -> None:
+        begin = partial(self._resume, info, over=True)
+        self.app.push_screen(Confirm(Content(question), "start over"), if_agreed(begin))
+
+    @work(thread=True, group="change")
+    def _change(self, change: Callable[[], None]) -> None:
+        """Change a run, or say why it cannot be done, and look again."""
         try:
-            write_note(info.paths, text)
+            change()
         except StudioError as error:
             self.app.call_from_thread(self.app.notify, plain(str(error)), severity="error", markup=False)
         self.app.call_from_thread(self._read)
@@ -375,18 +392,3 @@ class RunsScreen(OfferingScreen[None]):
     @property
     def _chosen(self) -> RunInfo | None:
         return self._list.chosen
-
-
-def _group_name(key: str, found: list[RunInfo], infos: list[RunInfo]) -> str:
-    """Return a group's name with how many runs it has, and a mark where one of them is alive."""
-    fewer = f"{len(found)}/" if len(found) != len(infos) else ""
-    return f"{GROUPS[key]} {fewer}{len(infos)}{' ●' if any(info.status.live for info in infos) else ''}"
-
-
-def _why_no_adapter(info: RunInfo, action: str) -> str:
-    """Return why a run has nothing to audit or to merge; empty where it has."""
-    if info.job not in (None, TRAIN):
-        return f"Only a training run has an adapter to {action}."
-    if action == "audit" and info.status.live:
-        return "A run is audited when it has ended."
-    return "" if has_adapter(info.paths) else no_adapter_words(info.status)
