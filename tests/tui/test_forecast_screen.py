@@ -93,6 +93,7 @@ def test_one_row_is_always_in_sight_where_there_is_room_for_little(tmp_path: Pat
         await forecast(pilot, app)
         row = shown(app).splitlines()[1]
         assert row.startswith(" VRAM █")
+        assert not screen_of(app).query("MemoryGauges .-host"), "nothing waits in main memory: its styles cost a frame"
         assert "of 24.0 GiB" in row
         assert "fits" in row
         assert "largest batch" not in shown(app)
