@@ -56,8 +56,11 @@ class _Launched(NamedTuple):
     dropout: tuple[int, int]
 
 
-_OWN_LAUNCHED = _Launched((13, 21), (4, 6), (3, 3), (1, 2))
-_STOCK_LAUNCHED = _Launched((31, 57), (7, 9), (4, 3), (1, 2))
+_OWN_LAUNCHED = _Launched((13, 21), (4, 6), (1, 1), (1, 2))
+_STOCK_LAUNCHED = _Launched((31, 57), (7, 9), (2, 1), (1, 2))
+_NESTED = 2
+"""More of a 4-bit weight whose scales are quantised, too: these, and their offset (bitsandbytes/backends/cuda/ops.py).
+"""
 _PLAIN = (1, 1)
 """Of a linear map without an adapter: its product, and that for the gradient of its input."""
 
@@ -85,15 +88,17 @@ def launches_of(shape: ModelShape, setup: Setup, names: frozenset[str]) -> float
     table = _OWN_LAUNCHED if setup.engine == "studio" else _STOCK_LAUNCHED
     linears, paired = _maps(shape, names)
     rounded = _rounded(shape, setup) if setup.precision else linears * setup.quantised
+    nested = _NESTED if setup.double_quant else 0
     forward, backward = (
         shape.layers * table.rest[way]
         + paired * (table.adapted[way] + (table.dropout[way] if setup.dropout else 0))
         + (linears - paired) * _PLAIN[way]
-        + rounded * table.four_bit[way]
+        + rounded * (table.four_bit[way] + nested)
         for way in (0, 1)
     )
     again = setup.recomputed_of(shape.layers) / shape.layers
-    spared = table.four_bit[1] * rounded * again * paired / linears if setup.keeps_dequantised else 0
+    kept = rounded * again * paired / linears if setup.keeps_dequantised else 0
+    spared = (table.four_bit[1] + nested) * kept
     return forward * (1 + again) + backward - spared
 
 

@@ -108,6 +108,12 @@ def test_time_falls_evenly_with_the_layers_that_are_not_computed_again():
     assert offloaded == pytest.approx([offloaded[0], 8 * offloaded[0], LLAMA.layers * offloaded[0]])
 
 
+def test_scales_that_are_quantised_cost_two_more_launches_a_weight_and_pass() -> None:
+    """165 and 207 launches of a layer are traced in all (tests/bench/bench_launches.py)."""
+    plain, nested = (work_of("all", method="qlora", double_quant=nested) for nested in (False, True))
+    assert nested.launches - plain.launches == LLAMA.layers * 7 * 2 * 3
+
+
 def work_of(recompute: Any, **changes: Any) -> StepWork:
     return step_work(LLAMA, replace(SETUP, recompute=recompute, **changes))
 
