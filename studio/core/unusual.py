@@ -14,6 +14,8 @@ _WINDOW = 64
 _LEAST = 20
 """Steps that must have been seen before anything is called unusual."""
 _IN_A_ROW = 3
+_FEW = 5
+"""Losses whose median says whether a step lay in a climb."""
 _DEVIATIONS = 6.0
 """Standard deviations above the median, by the median absolute deviation, which single outliers do not widen."""
 _LEAST_RISE = 0.25
@@ -35,8 +37,8 @@ class Spike:
     """Losses that leapt up.
 
     Attributes:
-        step: The first step of them.
-        loss: Their mean.
+        step: The step since which losses were higher than usual, at the latest the first that leapt up.
+        loss: The mean of those that leapt up.
         usual: The median before.
     """
 
@@ -49,7 +51,7 @@ class Spike:
 class LossSpikes:
     """Follows the losses of a training, step by step."""
 
-    _usual: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
+    _usual: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_WINDOW))
     _high: list[tuple[int, float]] = field(default_factory=list)
     _calm: int = _IN_A_ROW
 
@@ -61,7 +63,7 @@ class LossSpikes:
         if not math.isfinite(loss):
             return None  # a guard ends the run
         if len(self._usual) < _LEAST or loss <= self._limit():
-            self._usual.append(loss)
+            self._usual.append((step, loss))
             self._high.clear()
             self._calm += 1
             return None
@@ -73,11 +75,21 @@ class LossSpikes:
             return None
         self._calm = 0
         mean = statistics.fmean(high for _, high in self._high)
-        return Spike(self._high[0][0], mean, statistics.median(self._usual))
+        usual = statistics.median(loss for _, loss in self._usual)
+        return Spike(self._began(usual), mean, usual)
+
+    def _began(self, usual: float) -> int:
+        """Return the step since which the median of a few losses was high: some climb before they leap."""
+        first, before = self._high[0][0], list(self._usual)
+        limit = usual + _LEAST_RISE * abs(usual)
+        while len(before) > _FEW and statistics.median(loss for _, loss in before[-_FEW:]) > limit:
+            first = before[-(_FEW // 2) - 1][0]  # the middle one: at least half of the others are high too
+            before.pop()
+        return first
 
     def _limit(self) -> float:
-        median = statistics.median(self._usual)
-        spread = _NORMAL * statistics.median([abs(loss - median) for loss in self._usual])
+        median = statistics.median(loss for _, loss in self._usual)
+        spread = _NORMAL * statistics.median([abs(loss - median) for _, loss in self._usual])
         return median + max(_DEVIATIONS * spread, _LEAST_RISE * abs(median))
 
 

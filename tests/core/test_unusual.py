@@ -1,8 +1,10 @@
 """Losses that leap up and steps that become slow: what is told of them, and what is not."""
 
+import json
 import math
 import random
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +47,25 @@ def test_a_second_leap_is_told_after_the_first_is_over() -> None:
 )
 def test_what_trainings_do_anyway_is_no_leap(losses: list[float]) -> None:
     assert spikes(losses) == []
+
+
+CURVES: dict[str, list[float]] = json.loads(
+    (Path(__file__).parents[1] / "data" / "loss_curves.json").read_text(encoding="utf-8")
+)
+"""Losses of real trainings of the embedded model on the embedded data (`recipes/demo.toml` with LoRA), step by step."""
+
+
+def test_real_trainings_raise_no_false_alarm() -> None:
+    sound = [losses for words, losses in CURVES.items() if "comes apart" not in words]
+    assert sum(map(len, sound)) > 500
+    assert [spikes(losses) for losses in sound] == [[]] * len(sound)
+
+
+def test_a_real_training_that_comes_apart_is_told_once_with_the_step_at_which_it_began() -> None:
+    (losses,) = [losses for words, losses in CURVES.items() if "comes apart" in words]
+    (found,) = spikes(losses)
+    assert losses[32] < 3 < 5 < min(losses[33:48])  # it climbs from step 34 on, and leaps at step 49
+    assert found.step in (34, 35)
 
 
 def paces(seconds: Iterable[float], tokens: int = 1000) -> list[Pace]:

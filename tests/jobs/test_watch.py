@@ -76,7 +76,7 @@ def test_a_spike_names_the_checkpoint_from_before_and_keeps_it(watched: Watched)
     watched.steps(80)
     watched.steps(30, loss=9.0)
     (told,) = watched.told("spike")
-    assert "from about 2.1 to 9.1 at step 81" in told
+    assert "from about 2.1 to 9.1 since step 81" in told
     # The weights of step 80 gave the first high loss, so that its checkpoint is not trusted.
     assert "of step 79; to go back to it: lora-studio runs resume RUN --checkpoint 79; it is kept" in told
     checkpoint(paths, 100)

@@ -158,7 +158,7 @@ class TrainingWatch:
             then = f". {_to_go_back(healthy)}; it is kept"
         self._tell(
             "spike",
-            f"the loss has leapt up from about {spike.usual:.3g} to {spike.loss:.3g} at step {spike.step} and stays "
+            f"the loss has leapt up from about {spike.usual:.3g} to {spike.loss:.3g} since step {spike.step} and stays "
             f"there: rows of another kind, or a learning rate that is too high{then}",
         )
 
