@@ -4,8 +4,9 @@ Events are folded one after another as they come. When a worker goes on after a 
 again: what the log held of them is dropped.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 from studio.core.events import (
@@ -89,10 +90,11 @@ class History:
             self._take(event)
         self.train.settle()
 
-    def fold_blocks(self, blocks: Iterable[Block], log: Path) -> None:
+    def fold_blocks(self, blocks: Sequence[Block], log: Path) -> None:
         """Take in the next blocks of the log in place of their events. `fold` what follows them, be it nothing."""
+        lines = read_lines(log, (place for block in blocks for place in block.rare))
         for block in blocks:
-            for line in read_lines(log, block.rare) if block.rare else ():
+            for line in islice(lines, len(block.rare)):
                 if event := event_from_line(line):
                     self._take(event)
             self.train.take(block, log)

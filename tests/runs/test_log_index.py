@@ -26,6 +26,7 @@ from studio.core.events import (
     RunEvent,
     Sampled,
     Saved,
+    Shrunk,
     Started,
     StepDone,
     Warned,
@@ -43,7 +44,7 @@ _WORKERS = st.lists(st.binary(min_size=1, max_size=80), min_size=1, max_size=4)
 _SAME = (
     *("started", "planned", "phase", "samples", "saved", "warnings", "paused", "paused_for", "failed", "finished"),
     *("unknown", "last_at", "earlier_seconds", "last_step", "total_steps", "seconds", "tokens_per_second"),
-    *("seconds_per_step", "eta_seconds", "evals"),
+    *("seconds_per_step", "eta_seconds", "evals", "shrunk"),
 )
 _RISES = (1, 1, 1, 1, 2, -2)
 
@@ -97,6 +98,7 @@ def _told(worker: bytes) -> list[RunEvent | bytes]:
                     dtype="fp32", loss_path="full"),
             Failed(at=at, failure="f", message="m", advice="a"),
             Finished(at=at, outcome="done"),
+            Shrunk(at=at, step=step, stage="work", words="w", batch_tokens=number),
             b"not one of ours",
             b'{"kind": "StepDone", "at": 1.0, "step": "many"}',
             b"",
