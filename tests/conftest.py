@@ -12,6 +12,7 @@ from hypothesis import settings
 
 from studio.runs.calibration import calibration_path
 from studio.runs.home import HOME_VARIABLE, cache_root
+from tests.faults.table import Fault, lines_of, rows_of
 
 # Two test processes share two cores: OpenMP threads that spin for each other would starve both.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -54,3 +55,22 @@ def pytest_collection_finish() -> None:
     """Set aside what all the imports have made, and look for garbage from here on."""
     gc.freeze()
     gc.enable()
+
+
+_FAULTS: list[Fault] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Collect the rows of the table of faults, from whichever process made them, and what could not be made."""
+    if report.when == "teardown":
+        _FAULTS.extend(rows_of(report.user_properties))
+    elif report.skipped and "tests/faults/" in report.nodeid and isinstance(report.longrepr, tuple):
+        _FAULTS.append(Fault(report.nodeid.partition("::")[2], "not made", count=0, ended=report.longrepr[2]))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the table of faults."""
+    if _FAULTS:
+        terminalreporter.section("faults made for real")
+        for line in lines_of(_FAULTS):
+            terminalreporter.write_line(line)

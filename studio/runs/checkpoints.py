@@ -189,8 +189,13 @@ def keep_back(checkpoint: Path) -> None:
 
 
 def outdated(folder: Path, keep: int) -> list[Path]:
-    """Return the checkpoints to delete: all but the newest ones, so many as `keep`, and the one that was kept back."""
-    return [path for path in complete_checkpoints(folder)[:-keep] if not (path / _KEPT).exists()]
+    """Return the checkpoints to delete: all but the newest ones, so many as `keep`, and the one that was kept back.
+
+    With them goes what is older and has no marker: its removal was killed half-way.
+    """
+    kept = complete_checkpoints(folder)[-keep:]
+    older = [path for path in checkpoint_folders(folder) if kept and step_of(path) < step_of(kept[0])]
+    return [path for path in older if not (path / _KEPT).exists()]
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:

@@ -51,6 +51,8 @@ def run_job(
                     lambda: worker.requested("stop"),
                     _teller(worker),
                     worker.sleep,
+                    # It has waited for hours, and would lose its place for a disk that is full for a minute.
+                    patiently=lambda attempt: worker.patiently("the queue cannot be written", attempt),
                     otherwise=place_key(card or ""),
                 )
                 if turn is None:

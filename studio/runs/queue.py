@@ -220,6 +220,7 @@ def wait_for_turn(
     tell: Callable[[Turn], None],
     sleep: Callable[[float], None],
     *,
+    patiently: Callable[[Callable[[], Turn]], Turn] = lambda attempt: attempt(),
     queue: Queue | None = None,
     otherwise: str = CPU,
 ) -> Turn | None:
@@ -230,6 +231,7 @@ def wait_for_turn(
         stopped: Returns whether the user does not want it any more.
         tell: Told what has been found whenever that has changed.
         sleep: Waits for so many seconds.
+        patiently: Repeats an attempt that a disk refuses.
         queue: The queue; None takes that of this process's home folder.
         otherwise: The card that the run was launched for, by which it waits where the order does not hold it.
 
@@ -239,7 +241,7 @@ def wait_for_turn(
     queue = queue or Queue()
     told: Turn | None = None
     while not stopped():
-        turn = queue.take_turn(run, otherwise)
+        turn = patiently(lambda: queue.take_turn(run, otherwise))
         if turn.hold is not None:
             return turn
         if turn != told:

@@ -265,7 +265,9 @@ class Worker:
 
         It may not: on a very full disk another program can take the room that the reserve gave back.
         """
-        advice = "Free some space: it goes on by itself. Stopping the run gives up what is not saved"
+        advice = (
+            "Free some space, or make it writable: it goes on by itself. Stopping the run gives up what is not saved"
+        )
         message = f"{why}; {trouble}. The run waits with all that it has in memory. {advice}"
         lines = (Warned(at=self._clock(), topic="disk", message=message),
                  Paused(at=self._clock(), step=self._step or 0, paused=True, reason=why))  # fmt: skip
@@ -290,7 +292,7 @@ class Worker:
         if requested(self.paths, what) or (what == "stop" and self._signals.asked):
             return True
         if not self.paths.root.is_dir():
-            raise JobFailed("folder_gone", "the run's folder was deleted while it ran", "")
+            raise JobFailed("folder_gone", "the run's folder was deleted or moved while it ran", "")
         return False
 
     def served(self, what: Request) -> None:

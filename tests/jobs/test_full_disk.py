@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from studio.core.events import Failed, Finished, Paused, RunEvent, Saved, StepDone, Unknown, Warned
 from studio.core.recipe import Recipe
@@ -113,42 +111,6 @@ def test_every_event_finds_a_full_disk_and_none_is_lost(
     assert isinstance(events[-1], Finished)
 
 
-def _full_after(monkeypatch: pytest.MonkeyPatch, filler: Filler, phase: str, naps: list[Status]) -> None:
-    """Fill the disk once this phase was told: what is saved then finds no room."""
-    emit, done = Worker.emit, []
-
-    def full(self: Worker, kind: type[RunEvent], **fields: Any) -> None:
-        emit(self, kind, **fields)
-        self.sleep = lambda seconds: nap(self)
-        if fields.get("name") == phase and not done:
-            done.append(phase)
-            filler.fill()
-
-    def nap(worker: Worker) -> None:
-        naps.append(run_status(worker.paths))
-        if len(naps) == 25:
-            filler.free()
-
-    monkeypatch.setattr(Worker, "emit", full)
-
-
-def test_the_adapter_waits_for_room_and_is_the_one_that_was_trained(
-    train: Train, wanted: Recipe, disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    room = train(wanted)
-    naps: list[Status] = []
-    _full_after(monkeypatch, Filler(disk), "saving the adapter", naps)
-    paths = _run_on(disk, train, wanted)
-    assert set(naps) == {Status.paused}
-    history = history_of(paths)
-    assert history.finished is not None, history.failed
-    assert [warning.topic for warning in history.warnings if warning.topic != "data"] == ["disk"]
-    assert "adapter cannot be saved" in history.warnings[-1].message
-    ours, theirs = (load_file(one.adapter / "adapter_model.safetensors") for one in (paths, room))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
 def test_statistics_without_room_cost_themselves(
     train: Train, wanted: Recipe, with_room: list[RunEvent], disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,20 +131,6 @@ def test_statistics_without_room_cost_themselves(
     assert "No space left" in warnings[0]
     assert isinstance(events[-1], Finished)
     assert _losses(events) == _losses(with_room)
-
-
-def test_a_checkpoint_without_room_costs_itself_and_says_what_is_full(
-    train: Train, wanted: Recipe, with_room: list[RunEvent], disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    filler = Filler(disk)
-    _full_after(monkeypatch, filler, "saving a checkpoint", [])
-    paths = _run_on(disk, train, wanted)
-    events = read_events(paths.events)
-    warnings = [event for event in events if isinstance(event, Warned) and event.topic == "checkpoint"]
-    assert "full" in warnings[0].message
-    assert _losses(events) == _losses(with_room)
-    assert isinstance(events[-1], Finished)
-    assert not list(paths.checkpoints.glob(".writing-*"))
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from studio.core.errors import JobFailed
 from studio.jobs.train.adapter import adapter_weights
 from studio.jobs.train.optimizer import restore_state
 from studio.runs.atomic import publish_folder, write_whole
@@ -97,12 +98,16 @@ def load_checkpoint(path: Path, model: PeftModel, optimizer: torch.optim.Optimiz
     """Restore adapter, optimizer and random state, and return where the training stood.
 
     Raises:
-        ValueError: The adapter in the checkpoint does not have the tensors of this model's adapter.
+        JobFailed: The adapter in the checkpoint does not have the tensors of this model's adapter.
     """
     weights = load_file(path / ADAPTER_TENSORS)
     expected = adapter_weights(model)
-    if weights.keys() != expected.keys():
-        raise ValueError(f"checkpoint {path.name} holds other adapter tensors than this recipe makes")
+    if {name: weight.shape for name, weight in weights.items()} != {name: one.shape for name, one in expected.items()}:
+        raise JobFailed(
+            "foreign_checkpoint",
+            f"the checkpoint {path.name} holds other adapter tensors than this recipe makes: it is another run's",
+            "move it out of the run's checkpoints folder, then continue with: lora-studio runs resume RUN",
+        )
     set_peft_model_state_dict(model, weights)
     saved = json.loads((path / _STATE).read_text(encoding="utf-8"))
     # Parameter groups are this run's own: the loop sets their learning rate before every step.

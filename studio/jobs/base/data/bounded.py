@@ -126,6 +126,7 @@ def apply_template(tokenizer: Any, chats: Sequence[Table], **options: Any) -> An
         TemplateError: The template refuses a conversation, or fails in some other way.
         ValueError, TypeError, IndexError: The same, as transformers raises it.
         BadInput: The template takes too long or too much memory, or its text is far too long.
+        MemoryError: The process may have less memory than a template is allowed.
     """
     date, template = getattr(tokenizer, _DATE, None), tokenizer.chat_template
     options = getattr(tokenizer, _VARIABLES, {}) | options
@@ -140,6 +141,8 @@ def apply_template(tokenizer: Any, chats: Sequence[Table], **options: Any) -> An
     except (TemplateError, ValueError, TypeError, IndexError, StudioError):
         raise
     except MemoryError as error:
+        if _is_narrower(more_bytes):  # the computer's or the session's limit, not the template's
+            raise
         raise BadInput(
             f"the model's chat template takes more than {more_bytes / 2**30:.0f} GiB of memory, {_ANOTHER}"
         ) from error
@@ -166,7 +169,8 @@ def _characters(chat: Table) -> int:
 
 @contextmanager
 def _limits(seconds: float, more_bytes: int) -> Iterator[None]:
-    with suppress(ValueError, OSError, AttributeError):  # raised where stderr has no file descriptor
+    # Raised where stderr has no file descriptor, and where the system has no memory for one more thread.
+    with suppress(ValueError, OSError, AttributeError, RuntimeError):
         faulthandler.dump_traceback_later(seconds * _LAST_RESORT, exit=True)
     try:
         with _memory(more_bytes), _time(seconds):
@@ -200,20 +204,24 @@ def _time(seconds: float) -> Iterator[None]:
 @contextmanager
 def _memory(more_bytes: int) -> Iterator[None]:
     held = _address_space_bytes()
-    if resource is None or held is None:
+    if resource is None or held is None or _is_narrower(more_bytes):
         yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    most = held + more_bytes
-    # A limit that is already narrower stays.
-    if any(limit != resource.RLIM_INFINITY and limit <= most for limit in (soft, hard)):
-        yield
-        return
-    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    resource.setrlimit(resource.RLIMIT_AS, (held + more_bytes, hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _is_narrower(more_bytes: int) -> bool:
+    """Return whether the process may not take so much more in any case."""
+    held = _address_space_bytes()
+    if resource is None or held is None:
+        return False
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    return any(limit != resource.RLIM_INFINITY and limit <= held + more_bytes for limit in limits)
 
 
 def _address_space_bytes() -> int | None:
