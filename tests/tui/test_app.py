@@ -45,6 +45,7 @@ NOT_FOR_THE_FIRST_FRAME = (
     "huggingface_hub",
     "psutil",
     "filelock",
+    "studio.runs.log",
     "studio.tui.screens.fill",
     "studio.tui.screens.cards",
 )

@@ -1,7 +1,7 @@
 """What every dialog shares, and what many screens ask with: for a yes, for a line of text, for one of a list."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
@@ -13,7 +13,9 @@ from textual.widgets.option_list import Option
 
 from studio.core.errors import StudioError
 from studio.core.text import plain
-from studio.runs.checkpoints import NoWholeCheckpoint
+
+if TYPE_CHECKING:  # the readers of runs are not needed for the first frame
+    from studio.runs.checkpoints import NoWholeCheckpoint
 
 Answer = TypeVar("Answer")
 
@@ -57,7 +59,7 @@ def ask(app: App[Any], dialog: Dialog[Answer], take: Callable[[Answer], object])
     app.push_screen(dialog, closed)
 
 
-def start_over_question(error: NoWholeCheckpoint) -> str:
+def start_over_question(error: "NoWholeCheckpoint") -> str:
     """Return the question for a run that can only be resumed from its start."""
     found = plain(error.found, one_line=True)
     return f"{found[:1].upper()}{found[1:]}. Start over at step 0? What is damaged stays beside it."
