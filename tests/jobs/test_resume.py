@@ -465,10 +465,11 @@ def test_a_loss_that_is_no_number_names_the_checkpoint_from_before(
                 parameter.data.fill_(torch.nan)
 
     at_step(monkeypatch, 5, spoil)
-    history = history_of(train(recipe.with_("train.checkpoint_every", 2)))
-    assert history.failed is not None
-    assert history.failed.failure == "nonfinite_loss"
-    assert history.failed.advice.endswith("of step 4; to go back to it: lora-studio runs resume RUN --checkpoint 4")
+    paths = train(recipe.with_("train.checkpoint_every", 2))
+    failed = history_of(paths).failed
+    assert failed is not None
+    assert failed.failure == "nonfinite_loss"
+    assert failed.advice.endswith(f"to go back to it: lora-studio runs resume {paths.name} --checkpoint 4")
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_starts_over_and_says_so(

@@ -78,7 +78,7 @@ def test_a_spike_names_the_checkpoint_from_before_and_keeps_it(watched: Watched)
     (told,) = watched.told("spike")
     assert "from about 2.1 to 9.1 since step 81" in told
     # The weights of step 80 gave the first high loss, so that its checkpoint is not trusted.
-    assert "of step 79; to go back to it: lora-studio runs resume RUN --checkpoint 79; it is kept" in told
+    assert f"of step 79; to go back to it: lora-studio runs resume {paths.name} --checkpoint 79; it is kept" in told
     checkpoint(paths, 100)
     checkpoint(paths, 110)
     assert [step_of(folder) for folder in outdated(paths.checkpoints, 2)] == [40, 60, 80]
@@ -100,7 +100,7 @@ def test_a_failure_of_the_numbers_names_the_checkpoint_from_before(watched: Watc
     failure = way_back(JobFailed(kind, "the loss is nan at step 31", "lower the learning rate"), watched.worker)
     assert (failure.kind, str(failure)) == (kind, "the loss is nan at step 31")
     assert failure.advice.startswith("lower the learning rate")
-    assert failure.advice.endswith("lora-studio runs resume RUN --checkpoint 20") == named
+    assert failure.advice.endswith(f"lora-studio runs resume {watched.worker.paths.name} --checkpoint 20") == named
 
 
 def test_slow_steps_are_told_with_what_the_card_says(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:

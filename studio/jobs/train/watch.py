@@ -17,12 +17,13 @@ from typing import Any
 from studio.core.errors import JobFailed
 from studio.core.events import Planned, RunEvent, Saved, Started, StepDone, Warned
 from studio.core.gpu_catalogue import GIB
-from studio.core.text import duration_text
+from studio.core.text import duration_text, plain
 from studio.core.unusual import LossSpikes, Pace, SlowSteps, Spike
 from studio.probe.cards import CardState, card_state, main_memory
 from studio.probe.machine import spills_to_ram
 from studio.runs.checkpoints import complete_checkpoints, healthy_before, keep_back, step_of
 from studio.runs.disk import RESUME
+from studio.runs.layout import RunPaths
 from studio.runs.memory_kills import ALMOST_FULL
 from studio.runs.worker import Worker
 
@@ -55,12 +56,12 @@ def way_back(failure: JobFailed, worker: Worker) -> JobFailed:
     healthy = healthy_before(worker.paths, worker.last_step + 1) if failure.kind in _GONE_WRONG else None
     if healthy is None:
         return failure
-    return JobFailed(failure.kind, str(failure), f"{failure.advice}. {_to_go_back(healthy)}")
+    return JobFailed(failure.kind, str(failure), f"{failure.advice}. {_to_go_back(worker.paths, healthy)}")
 
 
-def _to_go_back(healthy: Path) -> str:
-    step = step_of(healthy)
-    return f"The last checkpoint from before is that of step {step}; to go back to it: {RESUME} --checkpoint {step}"
+def _to_go_back(paths: RunPaths, healthy: Path) -> str:
+    step, command = step_of(healthy), RESUME.replace("RUN", plain(paths.name, one_line=True))
+    return f"The last checkpoint from before is that of step {step}; to go back to it: {command} --checkpoint {step}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +156,7 @@ class TrainingWatch:
         if healthy is not None:
             with suppress(OSError):
                 keep_back(healthy)
-            then = f". {_to_go_back(healthy)}; it is kept"
+            then = f". {_to_go_back(self.worker.paths, healthy)}; it is kept"
         self._tell(
             "spike",
             f"the loss has leapt up from about {spike.usual:.3g} to {spike.loss:.3g} since step {spike.step} and stays "
