@@ -125,6 +125,7 @@ def _facts(summary: dict[str, Any]) -> dict[str, str]:
         **_pair_facts(summary["pairs"]),
         "speed": (summary["tokens_per_second"], f"{number(summary['tokens_per_second'], ',.0f')} tokens/s"),
         "memory": (summary["peak_bytes"], f"peak {size(summary['peak_bytes'])}"),
+        "saved": (summary["checkpoints"] or None, _checkpoints(summary["checkpoints"])),
         "restarts": (summary["guard"], _restarts(summary["guard"])),
         "shrunk": (summary["shrunk"] or None, shrunk_in_words(summary["shrunk"])),
         "rows": (summary["left_out"] or None, left_out_in_words(summary["left_out"])),
@@ -146,6 +147,11 @@ def _facts(summary: dict[str, Any]) -> dict[str, str]:
 def shrunk_in_words(shrunk: Sequence[Mapping[str, Any]]) -> str:
     """Return what a run was made smaller by, as memory was refused, with the steps; empty where it never was."""
     return "; ".join(f"after step {one['step']}: {one['words']}" for one in shrunk)
+
+
+def _checkpoints(kept: Sequence[Mapping[str, Any]]) -> str:
+    steps = ", ".join(f"{one['step']}{' (lowest held-out loss)' if one['best'] else ''}" for one in kept)
+    return f"checkpoints of steps {steps}"
 
 
 def _restarts(guard: Mapping[str, Any] | None) -> str:

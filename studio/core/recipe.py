@@ -435,7 +435,7 @@ class TrainSection:
         2,
         Number(int, 1, 1000, "checkpoints", (1, 2, 3, 5, 10)),
         "Keep checkpoints",
-        "Newest checkpoints kept; older ones are deleted.",
+        "Newest checkpoints kept; older ones are deleted, but for the one with the lowest held-out loss.",
         cost="Disk, linearly.",
         resume="free",
     )

@@ -5,6 +5,7 @@ and lists every file's size and SHA-256. Only `studio.jobs.train.checkpoint` kno
 """
 
 import json
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ MARKER = "complete.json"
 ADAPTER_TENSORS, INITIAL_TENSORS = "adapter.safetensors", "initial.safetensors"
 """The adapter's tensors, and those that its base was changed by at the start (PiSSA): what a merge reads of it."""
 _STEP, _ASIDE, _LATER = "step-", "damaged-", "later-"
-_KEPT = "kept"
+_KEPT, _BEST = "kept", "best"
 _MOST_MARKER_BYTES = 2**20
 _NAMED = 4
 
@@ -188,14 +189,41 @@ def keep_back(checkpoint: Path) -> None:
     (checkpoint / _KEPT).touch(mode=0o600)
 
 
+def keep_best(checkpoint: Path, held_out_loss: float) -> None:
+    """Let a checkpoint stay as the best one, if none that is there has a lower held-out loss, or one as low.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    losses = {path: loss for path in complete_checkpoints(checkpoint.parent) if (loss := _best_loss(path)) is not None}
+    losses.pop(checkpoint, None)
+    if not math.isfinite(held_out_loss) or any(loss <= held_out_loss for loss in losses.values()):
+        return
+    (checkpoint / _BEST).write_text(repr(held_out_loss), encoding="ascii")
+    for other in losses:
+        (other / _BEST).unlink(missing_ok=True)
+
+
+def _best_loss(checkpoint: Path) -> float | None:
+    try:
+        return float((checkpoint / _BEST).read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
+
+
+def checkpoints_kept(folder: Path) -> list[dict[str, Any]]:
+    """Return the step of each checkpoint that has a marker, and whether it is kept as the best; ready for JSON."""
+    return [{"step": step_of(path), "best": _best_loss(path) is not None} for path in complete_checkpoints(folder)]
+
+
 def outdated(folder: Path, keep: int) -> list[Path]:
-    """Return the checkpoints to delete: all but the newest ones, so many as `keep`, and the one that was kept back.
+    """Return the checkpoints to delete: all but the newest, so many as `keep`, the best, and what was kept back.
 
     With them goes what is older and has no marker: its removal was killed half-way.
     """
     kept = complete_checkpoints(folder)[-keep:]
     older = [path for path in checkpoint_folders(folder) if kept and step_of(path) < step_of(kept[0])]
-    return [path for path in older if not (path / _KEPT).exists()]
+    return [path for path in older if not ((path / _KEPT).exists() or (path / _BEST).exists())]
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:

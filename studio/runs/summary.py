@@ -17,6 +17,7 @@ from studio.core.intervals import Interval
 from studio.core.recipe import FIELDS, Recipe
 from studio.runs.atomic import read_object
 from studio.runs.beside import troubles
+from studio.runs.checkpoints import checkpoints_kept
 from studio.runs.control import requested
 from studio.runs.history import History
 from studio.runs.job import read_job
@@ -74,6 +75,7 @@ def summary_of(paths: RunPaths, history: History, status: Status, now: float | N
         "left_out": history.planned.left_out if history.planned else {},
         "seconds": _number(history.seconds),
         "peak_bytes": peak_bytes(history),
+        "checkpoints": checkpoints_kept(paths.checkpoints),
         "shrunk": [{"step": event.step, "stage": event.stage, "words": event.words} for event in history.shrunk],
         "warnings": list(dict.fromkeys([*(event.message for event in history.warnings), *troubles(paths)])),
         "failure": _failure(paths, history, status),

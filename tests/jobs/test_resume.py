@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
-from studio.jobs.train import between, checkpoint
+from studio.jobs.train import between, checkpoint, loop
 from studio.probe.data import read_data, row_keys
 from studio.probe.resume import check_resume
 from studio.runs.checkpoints import complete_checkpoints, damage_of, step_of
@@ -22,6 +23,7 @@ from studio.runs.history import History
 from studio.runs.job import read_job, write_job
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status, run_status
+from studio.runs.summary import summary_of
 from tests.jobs.conftest import Train, history_of
 
 
@@ -84,7 +86,7 @@ def test_resume_after_a_crash_repeats_only_what_the_checkpoint_lacks(
     recipe = recipe.with_("train.checkpoint_every", 2)
 
     def crash(self: between.Between) -> None:
-        raise RuntimeError("power cut")
+        raise KeyboardInterrupt  # which ends it at once: nothing more is saved
 
     whole = train(recipe)
     at_step(monkeypatch, 5, crash)
@@ -97,7 +99,52 @@ def test_resume_after_a_crash_repeats_only_what_the_checkpoint_lacks(
     assert list(seen.train.losses) == list(history_of(whole).train.losses)
 
 
+@pytest.mark.parametrize("where", ["_loss_of", "after_step"])
+def test_an_error_leaves_the_last_whole_step_saved(
+    train: Train, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    whole = train(recipe)
+    loss_of, micro_batches = loop._loss_of, [0]
+
+    def failing(*args: Any) -> torch.Tensor:
+        micro_batches[0] += 1
+        if micro_batches[0] == 10:  # the second of step 5: half of its gradient is there
+            raise RuntimeError("a fault of a library")
+        return loss_of(*args)
+
+    def fail(self: between.Between) -> None:
+        raise RuntimeError("a fault of a library")
+
+    with monkeypatch.context() as patch:
+        if where == "_loss_of":
+            patch.setattr(loop, "_loss_of", failing)
+        else:
+            at_step(patch, 4, fail)
+        parts = train(recipe)
+    failed = history_of(parts).failed
+    assert failed is not None
+    assert "a fault of a library" in failed.message
+    train(recipe, again=parts)
+    seen = history_of(parts)
+    assert seen.started is not None
+    assert seen.started.resumed_from == 4
+    assert list(seen.train.losses) == list(history_of(whole).train.losses), "dropout draws as if nothing had been"
+
+
+def test_the_checkpoint_with_the_lowest_held_out_loss_is_kept(train: Train, recipe: Recipe) -> None:
+    recipe = recipe.with_("train.checkpoint_every", 1).with_("train.keep_checkpoints", 1).with_("eval.every", 1)
+    paths = train(recipe.with_("train.learning_rate", 0.3))
+    history = history_of(paths)
+    losses = {event.step: event.loss for event in history.evals if 0 < event.step < 8}
+    best = min(losses, key=lambda step: (losses[step], step))
+    assert summary_of(paths, history, Status.finished)["checkpoints"] == [
+        {"step": step, "best": step == best} for step in sorted({best, 7})
+    ]
+    assert best != 7, "else it shows nothing"
+
+
 def test_only_the_newest_checkpoints_are_kept(train: Train, recipe: Recipe) -> None:
+    recipe = recipe.with_("eval.rows", 0).with_("eval.samples", 0)
     paths = train(recipe.with_("train.checkpoint_every", 1).with_("train.keep_checkpoints", 3))
     assert [path.name for path in complete_checkpoints(paths.checkpoints)] == [f"step-{n:08d}" for n in (6, 7, 8)]
 
@@ -476,7 +523,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_starts_over_and_says_so(
     train: Train, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def crash(self: between.Between) -> None:
-        raise RuntimeError("power cut")
+        raise KeyboardInterrupt  # which ends it at once: nothing more is saved
 
     at_step(monkeypatch, 2, crash)
     paths = train(recipe)

@@ -7,6 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -35,6 +36,7 @@ from studio.jobs.train.objectives.pairs import Pairs
 from studio.jobs.train.objectives.preference import log_probability_tokens
 from studio.jobs.train.shrink import Shrinking
 from studio.jobs.train.step_model import StepModel, evaluating
+from studio.runs.checkpoints import complete_checkpoints, step_of
 from studio.runs.disk import disk_words, refuses
 from studio.runs.failure import ran_out_of_memory
 from studio.runs.held_out import RowLosses, keep_losses_before, read_record
@@ -66,6 +68,7 @@ class Between:
         shrinking: Repeats in a smaller form what was refused memory.
         sleep: Waits a number of seconds while the run is paused.
         last_eval: The newest held-out loss per token, in nats; None before the first evaluation.
+        evaluated_at: The step of it.
         before: Each held-out row's loss before the first step; None where it is not known.
         initial: The adapter that PiSSA subtracted from the base; empty without PiSSA.
         doubted: Topics of what has been said to be wrong with held-out pairs.
@@ -88,6 +91,7 @@ class Between:
     shrinking: Shrinking
     sleep: Callable[[float], None] = time.sleep
     last_eval: float | None = None
+    evaluated_at: int = -1
     before: RowLosses | None = None
     initial: AdapterWeights = field(default_factory=dict)
     doubted: set[str] = field(default_factory=set)
@@ -136,6 +140,7 @@ class Between:
         except Cancelled:
             return
         tokens = sum(seen.tokens)
+        self.evaluated_at = step
         self.last_eval = math.fsum(seen.sums) / tokens if tokens else math.nan
         gain = self._gain(step, seen)
         self.worker.emit(
@@ -225,6 +230,7 @@ class Between:
                     state,
                     keep=self.recipe.train.keep_checkpoints,
                     initial=self.initial,
+                    held_out_loss=self.last_eval if self.evaluated_at == state.step else None,
                 ),
                 self.shrinking.once,
             )
@@ -249,6 +255,13 @@ class Between:
         self.worker.emit(Saved, what="checkpoint", path=relative, step=state.step, size_bytes=size)
         self.memory.see("save", state.step)
         return True
+
+    def rescue(self, state: TrainState) -> None:
+        """Save the last whole step before an error ends the run, where no checkpoint has it; raises no other error."""
+        newest = complete_checkpoints(self.worker.paths.checkpoints)[-1:]
+        if state.step and not (newest and step_of(newest[0]) == state.step):
+            with suppress(Exception):  # memory that is full, a card that is lost: the first error is the one to tell
+                self.checkpoint(state)
 
     def save_adapter(self, step: int) -> None:
         """Write `adapter/`. While the disk is full the run waits, weights in memory, until there is room or a stop.

@@ -20,7 +20,7 @@ from studio.core.errors import JobFailed
 from studio.jobs.train.adapter import adapter_weights
 from studio.jobs.train.optimizer import restore_state
 from studio.runs.atomic import publish_folder, write_whole
-from studio.runs.checkpoints import ADAPTER_TENSORS, INITIAL_TENSORS, MARKER, file_stamp, outdated
+from studio.runs.checkpoints import ADAPTER_TENSORS, INITIAL_TENSORS, MARKER, file_stamp, keep_best, outdated
 
 _OPTIMIZER, _RANDOM, _STATE = "optimizer.safetensors", "random.safetensors", "state.json"
 
@@ -52,8 +52,9 @@ def save_checkpoint(
     *,
     keep: int,
     initial: Mapping[str, Tensor] | None = None,
+    held_out_loss: float | None = None,
 ) -> Path:
-    """Write a checkpoint for `state.step`, delete all but the newest `keep`, and return its folder.
+    """Write a checkpoint for `state.step`, delete all but the newest `keep` and the best, and return its folder.
 
     Args:
         folder: Holds the run's checkpoints.
@@ -62,6 +63,7 @@ def save_checkpoint(
         state: Where the training stands.
         keep: How many checkpoints stay.
         initial: The adapter that PiSSA subtracted from the base; a resume must subtract the same one.
+        held_out_loss: That of this very step; None where it was not measured.
 
     Raises:
         OSError: The disk is full or not writable; nothing half-made is left.
@@ -84,6 +86,8 @@ def save_checkpoint(
         publish_folder(scratch, final)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    if held_out_loss is not None:
+        keep_best(final, held_out_loss)
     for old in outdated(folder, keep):
         shutil.rmtree(old, ignore_errors=True)
     return final

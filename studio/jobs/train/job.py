@@ -244,6 +244,7 @@ def prepare(
         memory=memory,
         emit=worker.emit,
         steadier=steadier_format(precision, device),
+        rescue=between.rescue,
         shrinking=shrinking,
         extensions=extensions,
     )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from studio.core.errors import StudioError
 from studio.core.events import PAIR_FIGURES, StepDone, Warned
 from studio.core.recipe import TrainSection
 from studio.core.schedule import Extension, extended_rate_at
@@ -22,7 +23,7 @@ from studio.jobs.train.guards import MovementGuard, check_gradient, check_labels
 from studio.jobs.train.memory import MemoryWatch
 from studio.jobs.train.objectives import FIGURES, Encoded
 from studio.jobs.train.optimizer import set_learning_rate
-from studio.jobs.train.shrink import Shrinking
+from studio.jobs.train.shrink import LoadAgain, Shrinking
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class LoopParts:
         emit: Gets the events.
         backward: Goes backward from a scaled loss.
         steadier: Advice that names a number format of wider range; empty where there is none.
+        rescue: Saves the last whole step before an error ends the training.
         shrinking: Repeats a step in a smaller form where its memory was refused; None lets it fail.
         extensions: Steps that the run was given beyond its plan.
     """
@@ -52,6 +54,7 @@ class LoopParts:
     emit: Callable[..., None]
     backward: Callable[[torch.Tensor], None] = field(default=lambda loss: loss.backward())
     steadier: str = ""
+    rescue: Callable[[TrainState], object] = field(default=lambda state: None)
     shrinking: Shrinking | None = None
     extensions: tuple[Extension, ...] = ()
 
@@ -76,7 +79,7 @@ def train(
     )
     first, skipped = state.step + 1, 0
     shrinking = parts.shrinking if parts.shrinking is not None and parts.shrinking.on else None
-    undo = Undo(parts) if shrinking else None
+    undo = Undo(parts, copies=shrinking is not None)
     parts.step_model.train()
     for step in range(first, total_steps + 1):
         began = time.perf_counter()
@@ -91,11 +94,14 @@ def train(
         set_learning_rate(parts.optimizer, rate)
         # A new optimizer makes its state in its first step: only there is the backward pass seen without it.
         work = partial(_take, parts, section, step, movement, skipped=skipped, undo=undo, first=step == first)
-        if shrinking is not None and undo is not None:
-            undo.mark()
-            taken = shrinking.attempt(work, shrinking.steps, undo)
-        else:
-            taken = work()
+        undo.mark()
+        try:
+            taken = work() if shrinking is None else shrinking.attempt(work, shrinking.steps, undo)
+        except Exception as error:
+            if not isinstance(error, (StudioError, LoadAgain)) and undo.whole:
+                undo()
+                parts.rescue(state)
+            raise
         skipped = taken.skipped
         parts.scaler.update()
         parts.optimizer.zero_grad(set_to_none=True)
@@ -124,8 +130,13 @@ def train(
         )
         if shrinking is not None:
             shrinking.state = state
-        if between(state):
-            break
+        try:
+            if between(state):
+                break
+        except Exception as error:
+            if not isinstance(error, (StudioError, LoadAgain)):
+                parts.rescue(state)
+            raise
     return state
 
 
@@ -157,7 +168,7 @@ def _take(
     movement: MovementGuard,
     *,
     skipped: int,
-    undo: "Undo | None",
+    undo: "Undo",
     first: bool,
 ) -> _Taken:
     """Take a step: forward and backward of all its rows, and the optimizer."""
@@ -188,11 +199,9 @@ def _take(
         movement.see_gradients()
     figures = mean_figures(of_pairs)
     tokens = sum(len(example.input_ids) for rows in micro_batches for example in rows)
-    if undo is not None:
-        undo.keep()
+    undo.keep()
     parts.scaler.step(parts.optimizer)
-    if undo is not None:
-        undo.drop()
+    undo.drop()
     return _Taken(loss_value, grad_norm, tokens, labelled, figures, skipped)
 
 
@@ -202,10 +211,14 @@ class Undo:
     An optimizer that is refused memory may have changed some weights. So they and its state are copied before it begins
     and dropped after it. On a card only the first step is copied: there the state is allocated, and all later steps
     write in place.
+
+    Attributes:
+        whole: Whether weights and optimizer are those of a whole step, or can be put back to it.
     """
 
-    def __init__(self, parts: LoopParts) -> None:
-        """Prepare to take back steps of these parts."""
+    def __init__(self, parts: LoopParts, *, copies: bool) -> None:
+        """Prepare to take back steps of these parts; `copies` says whether what the optimizer changes is copied."""
+        self.whole, self._copies = True, copies
         self._trained = [parameter for parameter in parts.step_model.parameters() if parameter.requires_grad]
         self._optimizer: Any = parts.optimizer
         self._scaler = parts.scaler
@@ -223,7 +236,8 @@ class Undo:
         Raises:
             Exception: Memory is refused; nothing was changed.
         """
-        if self._optimizer.state and self._trained[0].device.type == "cuda":
+        if not self._copies or (self._optimizer.state and self._trained[0].device.type == "cuda"):
+            self.whole = False
             return
         self._state = {
             parameter: {name: _copied(value) for name, value in entries.items()}
@@ -232,7 +246,8 @@ class Undo:
         self._weights = [parameter.detach().to("cpu", copy=True) for parameter in self._trained]
 
     def drop(self) -> None:
-        """Let go of the copies."""
+        """Let go of the copies, as the optimizer is done."""
+        self.whole = True
         self._weights, self._state = [], {}
 
     @torch.no_grad()
