@@ -260,8 +260,10 @@ class Between:
         """Save the last whole step before an error ends the run, where no checkpoint has it; raises no other error."""
         newest = complete_checkpoints(self.worker.paths.checkpoints)[-1:]
         if state.step and not (newest and step_of(newest[0]) == state.step):
+            phase = self.worker.doing.phase
             with suppress(Exception):  # memory that is full, a card that is lost: the first error is the one to tell
                 self.checkpoint(state)
+            self.tell(phase)  # what failed is told by what the run was doing
 
     def save_adapter(self, step: int) -> None:
         """Write `adapter/`. While the disk is full the run waits, weights in memory, until there is room or a stop.
