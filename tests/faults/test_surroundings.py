@@ -149,12 +149,15 @@ def test_two_resumes_at_once(kit: Kit, fault: Begin, crashed: RunPaths) -> None:
     row = fault("two resumes at once", "two workers started in one folder in the same moment")
     whole = kit.whole("LoRA fp32")
     # Both past the check that refuses the second: they meet at the lock.
-    one, other = (kit.held(kit.start(crashed, anew=True, hold="file:1")) for _ in range(2))
+    both = [kit.held(kit.start(crashed, anew=True, hold="file:1;step:6")) for _ in range(2)]
     began = time.monotonic()
-    for process in (one, other):
+    for process in both:
         process.send_signal(signal.SIGCONT)
-    codes = sorted((one.wait(), other.wait()))
-    assert codes == [0, 1], crashed.output.read_text()[-2000:]
+    refused = wait_for(lambda: next((process for process in both if process.poll() is not None), None))
+    assert refused.returncode == 1, crashed.output.read_text()[-2000:]
+    (other,) = (process for process in both if process is not refused)
+    kit.held(other).send_signal(signal.SIGCONT)
+    assert other.wait() == 0, crashed.output.read_text()[-2000:]
     row.told = next(line for line in crashed.output.read_text().splitlines() if "RunBusy: " in line)
     row.shown_seconds = min(5.0, time.monotonic() - began)
     assert Outcome(crashed) == whole
