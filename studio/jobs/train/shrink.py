@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -22,6 +22,7 @@ from studio.core.placement.shrink import smaller, streamed
 from studio.core.recipe import FIELDS, Recipe
 from studio.jobs.train.batches import Batcher, StepBatches
 from studio.jobs.train.checkpoint import TrainState
+from studio.jobs.train.memory import MemoryWatch
 from studio.probe.calibrate import card_named, remember_refusal
 from studio.probe.models import find_base
 from studio.probe.shape import shape_of_base
@@ -29,9 +30,6 @@ from studio.runs.atomic import read_object, write_whole
 from studio.runs.failure import Stage, memory_failure, ran_out_of_memory, stage_of
 from studio.runs.layout import RunPaths
 from studio.runs.worker import Worker
-
-if TYPE_CHECKING:
-    from studio.jobs.train.between import Between
 
 _T = TypeVar("_T")
 _CHANGED = ("train.micro_batch", "train.accumulation", "train.recompute", "train.offload_checkpoints", "model.stream",
@@ -42,6 +40,25 @@ _AGAIN = "what could be freed is free, and it is tried again"
 
 class LoadAgain(Exception):
     """The training goes on in a form for which the model has to be loaded again; all that it needs is saved."""
+
+
+class BetweenSteps(Protocol):
+    """What is made smaller of the work between steps.
+
+    Attributes:
+        batcher: Makes the batches of held-out rows.
+        recipe: In the form that the training runs in now.
+    """
+
+    batcher: Batcher
+    recipe: Recipe
+
+    @property
+    def memory(self) -> MemoryWatch:
+        """The counters of the device."""
+
+    def checkpoint(self, state: TrainState) -> bool:
+        """Save a checkpoint; return whether one of this state is on the disk."""
 
 
 class Shrinking:
@@ -66,7 +83,7 @@ class Shrinking:
                 self.recipe = self.recipe.with_(path, self._changed[path])
         if self.recipe.rows_per_step != recipe.rows_per_step or self.recipe.problems():
             self._changed, self.recipe = {}, recipe  # recipe.toml was edited since: its own rows a step count
-        self._parts: tuple[StepBatches, Between] | None = None
+        self._parts: tuple[StepBatches, BetweenSteps] | None = None
         self._planned: Planned | None = None
         self._tried_again = self._gave_up = False
         self.state = TrainState(step=0, tokens=0, seconds=0.0, scaler={})
@@ -81,7 +98,7 @@ class Shrinking:
         rows = self._changed.get(_EVALUATED)
         return batcher.of_rows(min(rows, batcher.micro_batch)) if isinstance(rows, int) and rows > 0 else batcher
 
-    def begin(self, batches: StepBatches, between: "Between", state: TrainState, planned: Planned) -> None:
+    def begin(self, batches: StepBatches, between: BetweenSteps, state: TrainState, planned: Planned) -> None:
         """Know the parts of a training that is ready to begin.
 
         Args:
@@ -190,7 +207,7 @@ class Shrinking:
         return True
 
     @property
-    def _begun(self) -> "tuple[StepBatches, Between]":
+    def _begun(self) -> tuple[StepBatches, BetweenSteps]:
         if self._parts is None:
             raise RuntimeError("nothing is tried before `begin`")
         return self._parts
