@@ -406,6 +406,8 @@ OF_NO_MEMORY = {"model.quant_type"}
 """In a set-up for the sake of other loops, which also hold int8: NF4 and FP4 take as many bytes."""
 OF_LONG_ROWS = {"train.compile": True, "train.keep_dequantised": True}
 """Counted where MLPs take their rows in tiles, which compiled layers do not, and where weights are dequantised."""
+ON_A_CPU = {"train.on_oom": "shrink"}
+"""Counted where the optimizer's step is copied beforehand, as it is each time on a CPU."""
 
 
 def figures(recipe: Recipe) -> tuple[Any, ...]:
@@ -418,10 +420,11 @@ def test_every_field_of_a_set_up_is_counted() -> None:
     names = {field.name for field in fields(Setup)}
     assert {
         path for path in FIELDS if path.rpartition(".")[2] in names
-    } == PLANNED.keys() | OF_NO_MEMORY | OF_LONG_ROWS.keys()
-    long = Recipe().with_("train.seq_len", 8192)
-    for path, value in OF_LONG_ROWS.items():
-        assert figures(long) != figures(long.with_(path, value))
+    } == PLANNED.keys() | OF_NO_MEMORY | OF_LONG_ROWS.keys() | ON_A_CPU.keys()
+    long, on_a_cpu = Recipe().with_("train.seq_len", 8192), Recipe().with_("device.device", "cpu")
+    for recipe, of_it in ((long, OF_LONG_ROWS), (on_a_cpu, ON_A_CPU)):
+        for path, value in of_it.items():
+            assert figures(recipe) != figures(recipe.with_(path, value))
 
 
 @pytest.mark.parametrize("path", PLANNED)
