@@ -5,7 +5,7 @@ A line of an unknown kind is kept as `Unknown` and is no error. Unknown fields o
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 PAIR_FIGURES = ("margin", "accuracy", "chosen_logp", "rejected_logp", "chosen_reward", "rejected_reward")
 """What steps and evaluations of pairs of answers tell besides their loss: means over the pairs.
@@ -316,6 +316,16 @@ KINDS: dict[str, type[RunEvent]] = {
 }
 
 _NAMES = {name: tuple(item.name for item in fields(kind)) for name, kind in KINDS.items()}
+
+
+class Sink(Protocol):
+    """What is told of a run's events."""
+
+    def take(self, event: RunEvent) -> None:
+        """Take in one event."""
+
+    def close(self, ended: str) -> None:
+        """Take in how the run ended: finished, stopped, failed or crashed."""
 
 
 def event_to_dict(event: RunEvent) -> dict[str, Any]:

@@ -20,10 +20,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from studio.core.errors import BadInput
-from studio.core.events import Failed, Finished, RunEvent, Started, Warned
+from studio.core.events import Failed, Finished, RunEvent, Sink, Started, Warned
 from studio.core.text import plain
 from studio.runs.atomic import read_object, write_whole
 from studio.runs.home import studio_home
@@ -49,16 +49,6 @@ _LAST_SECONDS = 300.0
 """How long a tracker may take once the run is over, before its process ends itself."""
 _BETWEEN_SPIKES = 600.0
 _LONGEST = 400
-
-
-class Sink(Protocol):
-    """What is told of a run's events."""
-
-    def take(self, event: RunEvent) -> None:
-        """Take in one event."""
-
-    def close(self, ended: str) -> None:
-        """Take in how the run ended: finished, stopped, failed or crashed."""
 
 
 def begin(paths: RunPaths, *, track: Sequence[str] = (), training: bool = False) -> None:

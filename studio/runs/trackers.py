@@ -11,10 +11,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from studio.core.errors import BadInput
-from studio.core.events import Evaluated, MemorySeen, RunEvent, Started, StepDone
+from studio.core.events import Evaluated, MemorySeen, RunEvent, Sink, Started, StepDone
 from studio.core.recipe import Recipe
 from studio.runs.atomic import read_object, write_whole
-from studio.runs.beside import TENSORBOARD, Sink
 from studio.runs.job import read_job
 from studio.runs.layout import RunPaths
 from studio.runs.supervise import ASKED_WANDB_MODE
@@ -194,7 +193,7 @@ class Trackio:
 
 
 SINKS: dict[str, Callable[[RunPaths, Tell], Sink]] = {
-    TENSORBOARD: TensorBoard,
+    "tensorboard": TensorBoard,
     "wandb": WandB,
     "mlflow": MLflow,
     "trackio": Trackio,
