@@ -59,7 +59,7 @@ def test_with_a_constant_rate_it_equals_a_run_that_was_planned_longer(
     seen, wanted = history_of(paths), history_of(longer)
     assert run_status(paths) is Status.finished
     assert seen.started is not None
-    assert seen.started.resumed_from == (4 if ended == "finished" else 2)
+    assert seen.started.resumed_from == (4 if ended == "finished" else 3)  # the last whole step
     assert seen.total_steps == 7
     assert seen.changed is not None
     assert seen.changed.extensions == [{"after": 4, "steps": 3, "tail": "constant"}]

@@ -15,7 +15,7 @@ from studio.core.recipe import Recipe
 from studio.jobs.audit import answers, base_audit, gguf, race, run_audit
 from studio.jobs.audit.lanes import Lane
 from studio.jobs.base.data.rows import Example
-from studio.jobs.train import job as train_job
+from studio.jobs.train import batches as train_batches
 from studio.jobs.train.batches import Batcher, StepBatches
 from studio.jobs.train.objectives.supervised import pack
 from studio.jobs.train.packing import can_pack
@@ -61,7 +61,7 @@ def trained_on(monkeypatch: pytest.MonkeyPatch) -> Seen:
             seen.update(tokens_of(rows))
             super().__init__(rows, *args, **more)
 
-    monkeypatch.setattr(train_job, "StepBatches", Spied)
+    monkeypatch.setattr(train_batches, "StepBatches", Spied)
     return seen
 
 

@@ -83,6 +83,6 @@ def test_a_step_looks_at_its_numbers_once(how: str) -> None:
     found = looks(recipe, uneven=how == "padded rows", packed=how == "packed rows")
     # The places of labels are found on the host. AdamW's count of steps is there, too; on a card it is fused. The loop
     # reads loss and norm from a copy; an evaluation reads its loss.
-    for known in ("head.py _places", "loop.py train", "step.py run_steps"):
+    for known in ("head.py _places", "loop.py _take", "step.py run_steps"):
         found.pop(known, None)
     assert not found
