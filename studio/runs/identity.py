@@ -58,6 +58,7 @@ class Identity:
         base: The fingerprint of its base; without single tensors where `identity.json` is lost.
         rows: Counts and checksums of the rows, as in `Identified`.
         train_hashes: The hash of every training row, in order; None where they are not known.
+        whole: Whether `identity.json` is there and matches the log.
     """
 
     recipe: Mapping[str, Any]
@@ -65,6 +66,7 @@ class Identity:
     base: Mapping[str, Any] | None
     rows: Mapping[str, Any] | None
     train_hashes: RowHashes | None
+    whole: bool = False
 
 
 def read_identity(paths: RunPaths) -> Identity:
@@ -76,12 +78,14 @@ def read_identity(paths: RunPaths) -> Identity:
     kept = _read(paths)
     base, hashes = kept.get("base"), kept.get("train_rows")
     long = isinstance(base, dict) and all(base.get(key) == value for key, value in identified.base.items())
+    cut = _cut(hashes, identified.rows.get("train"))
     return Identity(
         recipe=recipe,
         versions=versions,
         base=base if isinstance(base, dict) and long else identified.base,
         rows=identified.rows,
-        train_hashes=_cut(hashes, identified.rows.get("train")),
+        train_hashes=cut,
+        whole=long and (hashes is None or cut is not None),
     )
 
 

@@ -56,8 +56,8 @@ HARMLESS = [
 ]
 REFUSED = [
     ("recipe.toml", DAMAGES),
-    ("identity.json", (foreign,)),
-    ("held_out.json", (foreign,)),
+    ("identity.json", (foreign, missing)),
+    ("held_out.json", (foreign, missing)),
 ]
 
 
@@ -104,8 +104,8 @@ def test_a_damaged_file_that_a_resume_needs(
     if code == 0:
         assert Outcome(crashed) == whole
         warnings = [warning.message for warning in read_history(crashed).warnings]
-        row.told, row.ended = "; ".join(warnings) or "nothing", EQUAL
-        row.not_yet = "" if warnings else "what the run began with is lost, and that nothing was compared is not said"
+        row.told, row.ended = "; ".join(warnings), EQUAL
+        assert f"lost or damaged, and written anew: {name}." in row.told
     else:
         failed = read_history(crashed).failed
         row.told = refusal or (failed.message if failed else "")

@@ -110,7 +110,7 @@ def read_rows(
         for note in found.notes():
             warn(note)
         left_out.update(found.left_out)
-    parts = hold_out(recipe, data, eval_data, _kept(worker), progress=compared)
+    parts = hold_out(recipe, data, eval_data, kept_record(worker), progress=compared)
     train_rows, held = parts.train, parts.held_out
     for note in parts.notes:
         warn(note)
@@ -164,14 +164,14 @@ def _template(worker: Worker, recipe: Recipe) -> NamedTemplate | None:
 
 def _keep(worker: Worker, record: HeldOutRecord) -> None:
     """Write the record of held-out rows; keep the rows' losses from the first start where the rows are the same."""
-    kept = _kept(worker)
+    kept = kept_record(worker)
     if kept and kept.held_out == record.held_out:  # their file may have been moved
         record = replace(record, before=kept.before)
     if kept != record:
         keep_record(worker.paths, record)
 
 
-def _kept(worker: Worker) -> HeldOutRecord | None:
+def kept_record(worker: Worker) -> HeldOutRecord | None:
     """Return the record from the run's first start, if there is a sound one."""
     with suppress(BadInput):
         return read_record(worker.paths)
