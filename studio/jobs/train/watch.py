@@ -121,6 +121,7 @@ class TrainingWatch:
     def hear(self, event: RunEvent) -> None:
         """Take in an event that the run has told."""
         if isinstance(event, StepDone):
+            self._look_at_clocks()  # a short run may end before the next look
             if spike := self._losses.see(event.step, event.loss):
                 self._tell_spike(spike)
             if pace := self._paces.see(event.step, event.tokens, event.seconds):
