@@ -28,7 +28,7 @@ test: setup
 	$(PYTEST) -n 3 --dist loadfile -m "not slow"
 
 test-slow: setup
-	$(PYTEST) -n 2 --dist loadfile -m slow
+	$(PYTEST) -n 3 --dist loadfile -m slow
 
 lint: setup
 	$(BIN)/ruff check .
