@@ -226,6 +226,7 @@ names = st.from_regex(r"[a-z_]{1,6}(\.[a-z0-9_]{1,6}){0,2}", fullmatch=True)
     modules=st.lists(names, unique=True),
     bits=st.dictionaries(names, st.sampled_from(["nf4", "int8", "16bit"])),
 )
+@pytest.mark.slow
 def test_what_the_form_shows_on_one_line_is_read_back_as_it_was(
     layers: list[int], ranks: dict[str, int], alphas: dict[str, float], modules: list[str], bits: dict[str, str]
 ) -> None:

@@ -155,6 +155,7 @@ def assert_no_less(shape: ModelShape, setup: Setup, larger: Setup, gpu: Gpu | No
     st.integers(1, 64),
     st.sampled_from(CARDS),
 )
+@pytest.mark.slow
 def test_more_never_takes_less(shape: ModelShape, setup: Setup, field: str, more: int, gpu: Gpu | None):
     """Of live bytes by no more than bitsandbytes pages or keeps in 8 bits, of what the card shows not at all."""
     assert_no_less(shape, setup, replace(setup, **{field: getattr(setup, field) + more}), gpu)

@@ -112,6 +112,7 @@ def test_the_bounds_of_planned_choices_cover_every_published_row():
     assert count >= 110
 
 
+@pytest.mark.slow
 def test_the_high_end_holds_every_row_of_the_stock_loop_with_room_to_spare():
     """By replay, as `plan` gives it, and in closed form, as sliders and plans of our own loop have it."""
     from_its_flags = {item.row["id"]: estimate for item, estimate in from_flags()}

@@ -171,6 +171,7 @@ def most_asked(setup: StockSetup) -> int:
     st.integers(1, 64),
 )
 @example(replace(STOCK, rank=36, seq_len=9, recompute="none", transformers=""), "seq_len", 2)
+@pytest.mark.slow
 def test_more_never_takes_less_in_a_plan_of_the_stock_loop(setup: StockSetup, field: str, more: int):
     """But for what bitsandbytes pages, and by a hundredth of the high end, whose segments come whole."""
     larger = replace(setup, **{field: getattr(setup, field) + more})

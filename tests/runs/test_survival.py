@@ -31,6 +31,7 @@ def paths(tmp_path: Path) -> RunPaths:
     return make_run(tmp_path)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_a_run_is_crashed_and_its_files_are_whole(paths: RunPaths) -> None:
     """The same run is killed again and again and resumed: from before its first line to long into its steps."""
     chance = random.Random(7)  # noqa: S311  moments, not secrets

@@ -80,6 +80,7 @@ def with_a_run(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_an_ascii_terminal_gets_ascii_on_every_screen(with_a_run: Path) -> None:
     seen = toured(studio(with_a_run, can_draw=drawable("ascii")), NARROW)
     assert all(row.isascii() for row in seen)
@@ -87,6 +88,7 @@ def test_an_ascii_terminal_gets_ascii_on_every_screen(with_a_run: Path) -> None:
     assert any("loss" in row for row in seen)
 
 
+@pytest.mark.slow
 def test_no_color_shows_every_screen_without_a_colour(with_a_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     app = studio(with_a_run)

@@ -36,7 +36,7 @@ from studio.jobs.train.objectives.preference import needs_reference
 from studio.jobs.train.optimizer import optimizer_of
 from studio.jobs.train.packing import batcher_for, why_padded
 from studio.jobs.train.randomness import set_seed
-from studio.jobs.train.read_rows import Rows, check_fit, kept_record, read_rows, tokenizer_of
+from studio.jobs.train.read_rows import Rows, check_fit, read_rows, tell_what_was_lost, tokenizer_of
 from studio.jobs.train.reference import with_reference
 from studio.jobs.train.shrink import Shrinking, free_memory
 from studio.jobs.train.step_model import StepModel
@@ -324,11 +324,7 @@ def _identify(
     """
     rows = RowsFound.of(train, held_out)
     refuse_other_rows(worker.paths, first, rows)
-    if first.base is not None:
-        kept = {"identity.json": first.whole, "held_out.json": kept_record(worker) is not None}
-        if lost := " and ".join(name for name, whole in kept.items() if not whole):
-            message = f"lost or damaged, and written anew: {lost}. By the log, base and rows are those of its start"
-            worker.emit(Warned, topic="resume", message=message)
+    tell_what_was_lost(worker, first)
     if not first.whole:
         write_identity(worker.paths, base, rows.hashes)
     worker.emit(Identified, base=short_fingerprint(base), rows=rows.table())

@@ -33,6 +33,7 @@ from studio.probe.held_out import hold_out
 from studio.probe.named_template import template_of
 from studio.runs.atomic import write_whole
 from studio.runs.held_out import HeldOutRecord, keep_record, read_record
+from studio.runs.identity import Identity
 from studio.runs.system_prompt import commonest, keep_system_prompt
 from studio.runs.worker import Worker
 
@@ -110,7 +111,7 @@ def read_rows(
         for note in found.notes():
             warn(note)
         left_out.update(found.left_out)
-    parts = hold_out(recipe, data, eval_data, kept_record(worker), progress=compared)
+    parts = hold_out(recipe, data, eval_data, _kept(worker), progress=compared)
     train_rows, held = parts.train, parts.held_out
     for note in parts.notes:
         warn(note)
@@ -164,18 +165,32 @@ def _template(worker: Worker, recipe: Recipe) -> NamedTemplate | None:
 
 def _keep(worker: Worker, record: HeldOutRecord) -> None:
     """Write the record of held-out rows; keep the rows' losses from the first start where the rows are the same."""
-    kept = kept_record(worker)
+    kept = _kept(worker)
     if kept and kept.held_out == record.held_out:  # their file may have been moved
         record = replace(record, before=kept.before)
     if kept != record:
         keep_record(worker.paths, record)
 
 
-def kept_record(worker: Worker) -> HeldOutRecord | None:
+def _kept(worker: Worker) -> HeldOutRecord | None:
     """Return the record from the run's first start, if there is a sound one."""
     with suppress(BadInput):
         return read_record(worker.paths)
     return None
+
+
+def tell_what_was_lost(worker: Worker, first: Identity) -> None:
+    """Warn at a resume of lost files that say what the run began with, once its rows were compared with the log.
+
+    Args:
+        worker: Of the run; neither file has been written anew.
+        first: What the run was made from.
+    """
+    found = {worker.paths.identity: first.whole, worker.paths.held_out: _kept(worker) is not None}
+    lost = " and ".join(path.name for path, whole in found.items() if not whole)
+    if lost and first.base is not None:
+        message = f"lost or damaged, and written anew: {lost}. By the log, base and rows are those of its start"
+        worker.emit(Warned, topic="resume", message=message)
 
 
 def tokenizer_of(worker: Worker, recipe: Recipe, folder: Path, date: datetime) -> Any:
