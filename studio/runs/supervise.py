@@ -10,7 +10,7 @@ import site
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,22 +94,7 @@ def launch(
         raise StudioError(f"the run {plain(paths.name, one_line=True)} already has a worker; attach to it or stop it.")
     before, printed = file_bytes(paths.events), file_bytes(paths.output)
     command = [sys.executable, "-m", module, str(paths.root.absolute())]
-    descriptor = os.open(paths.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    try:
-        process = popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=descriptor,
-            stderr=descriptor,
-            close_fds=True,
-            cwd=paths.root,
-            env=child_environment(environment or {}),
-            **_detached(),
-        )
-    except OSError as error:
-        raise StudioError(f"the worker cannot be started: {error}") from error
-    finally:
-        os.close(descriptor)
+    process = _detached(paths, command, environment, "the worker", popen)
     mark = mark_of(process.pid)
     # The run works without this file, though less is known of its start. That the disk is full need not be told here:
     # the worker will meet it too, and tell it.
@@ -209,20 +194,7 @@ def start_guard(paths: RunPaths, times: int, module: str = "", environment: Mapp
         StudioError: The process cannot be started.
     """
     command = [sys.executable, "-m", _GUARD, str(paths.root.absolute()), str(times), *([module] if module else [])]
-    try:
-        with paths.output.open("ab") as output:
-            subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                close_fds=True,
-                cwd=paths.root,
-                env=child_environment(environment or {}),
-                **_detached(),
-            )
-    except OSError as error:
-        raise StudioError(f"what restarts the run after a crash cannot be started: {error}") from error
+    _detached(paths, command, environment, "what restarts the run after a crash", subprocess.Popen)
 
 
 def refuse_unless_ended(paths: RunPaths, *, back: bool = False) -> None:
@@ -277,10 +249,33 @@ def child_environment(additions: Mapping[str, str]) -> dict[str, str]:
     return environment
 
 
-def _detached() -> dict[str, Any]:
+def _detached(
+    paths: RunPaths,
+    command: Sequence[str],
+    environment: Mapping[str, str] | None,
+    what: str,
+    popen: Callable[..., "subprocess.Popen[bytes]"],
+) -> "subprocess.Popen[bytes]":
+    """Start a process of a run that outlives ours and prints into the run's folder; `what` it is, for the error."""
+    apart: dict[str, Any] = {"start_new_session": True}
     if sys.platform == "win32":
-        return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.DETACHED_PROCESS}
-    return {"start_new_session": True}
+        apart = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.DETACHED_PROCESS}
+    descriptor = os.open(paths.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        return popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=descriptor,
+            stderr=descriptor,
+            close_fds=True,
+            cwd=paths.root,
+            env=child_environment(environment or {}),
+            **apart,
+        )
+    except OSError as error:
+        raise StudioError(f"{what} cannot be started: {error}") from error
+    finally:
+        os.close(descriptor)
 
 
 def _taken_by(handle: Handle) -> bool:

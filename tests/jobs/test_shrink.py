@@ -21,7 +21,7 @@ from studio.core.events import Phase, RunEvent, Shrunk, StepDone
 from studio.core.recipe import Recipe
 from studio.core.vram.estimate import estimate_vram
 from studio.core.vram.setup import setup_of
-from studio.jobs.train import between, checkpoint, loop, shrink
+from studio.jobs.train import between, checkpoint, job, loop, shrink
 from studio.probe.pace import process_of
 from studio.probe.shape import find_shape
 from studio.runs.calibration import read_observations
@@ -138,7 +138,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
             patch.setattr(Worker, "emit", emitting)
             patch.setattr(loop, "_loss_of", losing)
             patch.setattr(between.Between, "after_step", stepped)
-            for module in (shrink, sys.modules["studio.jobs.train.job"]):
+            for module in (shrink, job):
                 patch.setattr(module, "free_memory", freeing)
             hook = register_optimizer_step_pre_hook(optimizing)
             _LIBRARY.mallopt(_M_MMAP_THRESHOLD, _SMALL)  # larger ones are asked of the system, which refuses them

@@ -187,7 +187,7 @@ def _take(
     parts.scaler.unscale_(parts.optimizer)
     # Without a limit nothing is clipped, but the norm is still wanted.
     limit = section.max_grad_norm or math.inf
-    norm = torch.nn.utils.clip_grad_norm_([p for p in parts.step_model.parameters() if p.requires_grad], limit)
+    norm = torch.nn.utils.clip_grad_norm_(undo.trained, limit)
     # Both are read at once: a card is waited for one time a step.
     loss_value, grad_norm = map(float, torch.stack([loss, norm.to(loss.dtype)]).cpu())
     check_loss(loss_value, step, parts.steadier)
@@ -213,13 +213,14 @@ class Undo:
     write in place.
 
     Attributes:
+        trained: The parameters that learn.
         whole: Whether weights and optimizer are those of a whole step, or can be put back to it.
     """
 
     def __init__(self, parts: LoopParts, *, copies: bool) -> None:
         """Prepare to take back steps of these parts; `copies` says whether what the optimizer changes is copied."""
         self.whole, self._copies = True, copies
-        self._trained = [parameter for parameter in parts.step_model.parameters() if parameter.requires_grad]
+        self.trained = [parameter for parameter in parts.step_model.parameters() if parameter.requires_grad]
         self._optimizer: Any = parts.optimizer
         self._scaler = parts.scaler
         self._weights: list[torch.Tensor] = []
@@ -236,14 +237,14 @@ class Undo:
         Raises:
             Exception: Memory is refused; nothing was changed.
         """
-        if not self._copies or (self._optimizer.state and self._trained[0].device.type == "cuda"):
+        if not self._copies or (self._optimizer.state and self.trained[0].device.type == "cuda"):
             self.whole = False
             return
         self._state = {
             parameter: {name: _copied(value) for name, value in entries.items()}
             for parameter, entries in self._optimizer.state.items()
         }
-        self._weights = [parameter.detach().to("cpu", copy=True) for parameter in self._trained]
+        self._weights = [parameter.detach().to("cpu", copy=True) for parameter in self.trained]
 
     def drop(self) -> None:
         """Let go of the copies, as the optimizer is done."""
@@ -254,7 +255,7 @@ class Undo:
     def __call__(self) -> None:
         """Take back what has been done since `mark`."""
         if self._weights:
-            for parameter, weight in zip(self._trained, self._weights, strict=True):
+            for parameter, weight in zip(self.trained, self._weights, strict=True):
                 parameter.copy_(weight)
             for parameter in list(self._optimizer.state):
                 if parameter in self._state:
